@@ -1,0 +1,36 @@
+# Each target makes the virtual environment .venv and installs what it needs; run any of them on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo demo-fast test check bench clean
+
+demo: .venv/.installed        ## the whole pipeline on the bundled model, offline, in about five minutes on 2 cores
+	$(BIN)/mistudio demo --workspace workspace/demo
+
+demo-fast: .venv/.installed   ## the same in its shortest form, under a minute
+	$(BIN)/mistudio demo --fast --workspace workspace/demo-fast
+
+test: .venv/.installed-dev    ## the tests
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev   ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev   ## the benchmarks; each prints ratios measured in one run
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv workspace
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/.installed

@@ -1,0 +1,120 @@
+"""The command line: `mistudio VERB …`, a skin over the table of verbs.
+
+Results go to standard output, progress and warnings to standard error. Exit codes: 0 done, 2 a mistake that the
+message says how to put right, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tyro
+from rich.console import Console
+
+from mistudio import __version__
+from mistudio.config import from_dict, read_plain, to_dict
+from mistudio.errors import ConfigError, MistudioError
+from mistudio.studio import VERBS, Verb, load_verb
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one verb and exits."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="mistudio: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("mistudio").setLevel(logging.INFO)
+    try:
+        _run(arguments)
+    except MistudioError as error:
+        print(f"mistudio: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mistudio: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"mistudio {__version__}")
+        return
+    name, *rest = arguments
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"There is no verb {name!r}.{hint} The verbs are {', '.join(VERBS)}.")
+    verb = load_verb(name)
+    config, as_json = _parse(verb, rest)
+    result = verb.run(config)
+    if as_json:
+        print(json.dumps(to_dict(result), indent=2, allow_nan=False))
+    else:
+        Console().print(verb.show(result), highlight=False)
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:<10} {help}" for name, help in VERBS.items())
+    return (
+        f"mistudio {__version__}: sparse autoencoders for language models, from activations to steering\n\n"
+        f"usage: mistudio VERB [flags]\n\n{verbs}\n\n"
+        "Every verb: --help says what each flag means, --config FILE.yaml gives settings that flags override,\n"
+        "--json prints the result for machines. Start with: mistudio demo"
+    )
+
+
+def _parse(verb: Verb, arguments: list[str]) -> tuple[Any, bool]:
+    """The verb's config: its defaults, under the file of --config, under the flags; and whether --json was given."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--config", type=Path)
+    common.add_argument("--json", action="store_true")
+    if verb.default:
+        common.add_argument("--recipe")
+    known, rest = common.parse_known_args(arguments)
+    start = verb.default(known.recipe) if verb.default and known.recipe else {}
+    given = read_plain(known.config) if known.config else {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{known.config} must hold a mapping of settings, not {given!r}.")
+    config = tyro.cli(
+        verb.config,
+        prog=f"mistudio {verb.name}",
+        description=f"{VERBS[verb.name].capitalize()}.",
+        args=rest,
+        default=_defaults(verb.config, start, given, str(known.config)),
+    )
+    return config, known.json
+
+
+def _defaults(cls: type, start: dict[str, Any], given: dict[str, Any], source: str) -> Any:
+    """An instance with `given` over `start` over the class's defaults, and tyro.MISSING where there is nothing.
+
+    It is not checked, because it may be incomplete; the instance that tyro makes from it and the flags is.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(given) - set(fields)):
+        raise ConfigError(f"{source}: unknown key {', '.join(unknown)}; the choices are {', '.join(fields)}")
+    hints = get_type_hints(cls)
+    instance = object.__new__(cls)
+    for name, field in fields.items():
+        value = start.get(name, _field_default(field))
+        if name in given:
+            over = given[name]
+            merged = {**to_dict(value), **over} if isinstance(over, dict) and dataclasses.is_dataclass(value) else over
+            value = from_dict(hints[name], merged, source=f"{source}: {name}")
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def _field_default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return tyro.MISSING if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Language models and text: read and edit the inside of a Hugging Face causal LM; turn text into rows of tokens."""
+
+from mistudio.lm.editing import Edit, Edits
+from mistudio.lm.families import FAMILIES, Family
+from mistudio.lm.generate import Generation
+from mistudio.lm.model import LanguageModel, Readout
+from mistudio.lm.pack import TokenRow, pack, token_spans
+from mistudio.lm.site import KINDS, Site
+from mistudio.lm.text import Document, Span, documents, is_held_out
+
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "Document",
+    "Edit",
+    "Edits",
+    "Family",
+    "Generation",
+    "LanguageModel",
+    "Readout",
+    "Site",
+    "Span",
+    "TokenRow",
+    "documents",
+    "is_held_out",
+    "pack",
+    "token_spans",
+]

@@ -1,0 +1,238 @@
+"""The JumpReLU SAE: f = JumpReLU_θ(x·W_enc + b_enc), x̂ = f·W_dec + b_dec, in Gemma Scope's released orientation.
+
+An SAE has two forms. In the *training form* it reads normalised rows x/C with E‖x/C‖² = 1, may subtract b_dec before
+the encoder and may hold log θ. In the *released form* it reads raw activations and needs none of these. `fold` goes
+from the first to the second (Gemma Scope report, appendix A) and `save` writes only the second, so that a file on disk
+has one meaning. The weights of a run that is still training are in its checkpoints.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mistudio.config import from_dict, to_dict
+from mistudio.errors import ConfigError, SAEError
+from mistudio.files import read_json, write_json, write_tensors
+
+FORMAT, VERSION = "mistudio-sae", 1
+UNIT_ROW_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """The sizes of an SAE, where in a model it belongs, and the units and parametrisation of its weights."""
+
+    d_model: int
+    """Width D of the activations it reads (for attn_z: heads times head size)."""
+    d_sae: int
+    """Number of features F."""
+    hook_name: str | None = None
+    """The site it was trained on, such as layers.20.resid_post."""
+    hook_layer: int | None = None
+    """The site's layer, counted from 0."""
+    model: str | None = None
+    """The language model's name."""
+    pre_encoder_bias: bool = False
+    """The encoder reads x - b_dec (training form)."""
+    log_threshold: bool = False
+    """The parameter theta is the logarithm of the threshold (training form)."""
+    scale: float | None = None
+    """C, where the weights read normalised rows x/C (training form); None where they read raw activations."""
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1 or self.d_sae < 1:
+            raise ConfigError(f"d_model and d_sae must be at least 1, not {self.d_model} and {self.d_sae}")
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"scale must be a positive number or None, not {self.scale}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        d, f = self.d_model, self.d_sae
+        return {"W_enc": (d, f), "b_enc": (f,), "theta": (f,), "W_dec": (f, d), "b_dec": (d,)}
+
+
+def initial_weights(config: SAEConfig, *, seed: int = 0, threshold: float = 0.001) -> dict[str, Tensor]:
+    """Gemma Scope's starting point in float32: He-uniform decoder rows rescaled to norm 1, W_enc = W_decᵀ (untied),
+    biases 0.
+
+    He's bound is lost in the rescaling, so the rows are drawn from U(-1, 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.empty(config.d_sae, config.d_model).uniform_(-1, 1, generator=generator)
+    W_dec = rows / rows.norm(dim=1, keepdim=True)
+    return {
+        "W_enc": W_dec.T.clone(memory_format=torch.contiguous_format),
+        "b_enc": torch.zeros(config.d_sae),
+        "theta": torch.full((config.d_sae,), math.log(threshold) if config.log_threshold else threshold),
+        "W_dec": W_dec,
+        "b_dec": torch.zeros(config.d_model),
+    }
+
+
+class JumpReLUSAE(nn.Module):
+    """A JumpReLU SAE; calling it gives (x̂, f).
+
+    Parameters: W_enc [D, F], b_enc [F], theta [F] (threshold or its logarithm), W_dec [F, D], b_dec [D].
+    Computes in the parameters' dtype and never below float32, whatever x's dtype is, because a threshold is a fine
+    comparison; x̂ comes back in x's dtype and f in the dtype of the computation. This is inference: no gradient reaches
+    theta here, since its pseudo-derivative belongs to a loss (`mistudio.train.loss`).
+    """
+
+    def __init__(self, config: SAEConfig, weights: Mapping[str, Tensor] | None = None):
+        """`weights`: the five tensors, by name; None: `initial_weights(config)`. SAEError: a name or shape is wrong."""
+        super().__init__()
+        weights = initial_weights(config) if weights is None else weights
+        _check_shapes(config, weights)
+        self.config = config
+        self.W_enc = nn.Parameter(weights["W_enc"])
+        self.b_enc = nn.Parameter(weights["b_enc"])
+        self.theta = nn.Parameter(weights["theta"])
+        self.W_dec = nn.Parameter(weights["W_dec"])
+        self.b_dec = nn.Parameter(weights["b_dec"])
+
+    @property
+    def threshold(self) -> Float[Tensor, " F"]:
+        """θ, in the units of the pre-activations."""
+        return self.theta.exp() if self.config.log_threshold else self.theta
+
+    @property
+    def folded(self) -> bool:
+        """Whether this is the released form: raw units, no pre-encoder bias, raw threshold."""
+        return self.config.scale is None and not self.config.pre_encoder_bias and not self.config.log_threshold
+
+    def encoder_bias(self) -> Float[Tensor, " F"]:
+        """What is added to x·W_enc: b_enc, or b_enc - b_dec·W_enc where the SAE has a pre-encoder bias.
+
+        (x - b_dec)·W_enc in this form costs a vector product instead of a pass over x, forward and backward.
+        """
+        return self.b_enc - self.b_dec @ self.W_enc if self.config.pre_encoder_bias else self.b_enc
+
+    def pre_activations(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
+        """z = x·W_enc + encoder_bias, in float32 or the parameters' wider dtype."""
+        dtype = torch.promote_types(self.W_enc.dtype, torch.float32)
+        return x.to(dtype) @ self.W_enc.to(dtype) + self.encoder_bias()
+
+    def encode(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
+        """Feature activations f: z where z > θ, else 0."""
+        z = self.pre_activations(x)
+        return torch.where(z > self.threshold, z, 0.0)
+
+    def decode(self, f: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows D"]:
+        """The reconstruction f·W_dec + b_dec."""
+        return f @ self.W_dec.to(f.dtype) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*rows D"]) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows F"]]:
+        """(x̂, f)."""
+        f = self.encode(x)
+        return self.decode(f).to(x.dtype), f
+
+    def feature(self, i: int) -> Float[Tensor, " D"]:
+        """The decoder row of feature i: the direction it writes. SAEError: there is no such feature."""
+        if not 0 <= i < self.config.d_sae:
+            raise SAEError(f"There is no feature {i}; this SAE has features 0 to {self.config.d_sae - 1}.")
+        return self.W_dec[i]
+
+    @torch.no_grad()
+    def fold(self) -> "JumpReLUSAE":
+        """The same SAE in released form: f and x̂ of raw x are C times those of x/C (computed in float64).
+
+        b_enc' = C·b_enc - C·b_dec·W_enc, b_dec' = C·b_dec, θ' = C·θ, W_enc and W_dec as they were.
+        """
+        C = 1.0 if self.config.scale is None else self.config.scale
+        b_enc, b_dec = self.b_enc.double(), self.b_dec.double()
+        if self.config.pre_encoder_bias:
+            b_enc = b_enc - b_dec @ self.W_enc.double()
+        theta = self.theta.double().exp() if self.config.log_threshold else self.theta.double()
+        weights = {"W_enc": self.W_enc, "b_enc": C * b_enc, "theta": C * theta, "W_dec": self.W_dec, "b_dec": C * b_dec}
+        config = dataclasses.replace(self.config, pre_encoder_bias=False, log_threshold=False, scale=None)
+        return JumpReLUSAE(config, {name: w.detach().to(self.W_enc.dtype, copy=True) for name, w in weights.items()})
+
+    def save(self, folder: str | Path) -> None:
+        """`folder` holds sae.safetensors (float32) and sae.json, which is written last. SAEError: not in released
+        form."""
+        if not self.folded:
+            raise SAEError(
+                "This SAE is in training form (normalised units); save its released form: sae.fold().save(...)."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sae.json").unlink(missing_ok=True)
+        tensors = {_FILE_NAMES[name]: tensor.float() for name, tensor in self.state_dict().items()}
+        write_tensors(folder / "sae.safetensors", tensors)
+        write_json(folder / "sae.json", {"format": FORMAT, "version": VERSION, "config": to_dict(self.config)})
+
+    @staticmethod
+    def load(folder: str | Path) -> "JumpReLUSAE":
+        """The SAE that `save` wrote. SAEError: a file is missing or damaged, or does not hold a sound SAE."""
+        folder = Path(folder)
+        config = _read_config(folder)
+        tensors = _read_tensors(folder / "sae.safetensors")
+        if sorted(tensors) != sorted(_FILE_NAMES.values()):
+            expected = ", ".join(_FILE_NAMES.values())
+            raise SAEError(f"{folder}/sae.safetensors holds {', '.join(sorted(tensors))}; expected {expected}.")
+        sae = JumpReLUSAE(config, {name: tensors[stored] for name, stored in _FILE_NAMES.items()})
+        _check_sound(sae, f"{folder}/sae.safetensors")
+        return sae
+
+
+_FILE_NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "theta": "threshold", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def _check_shapes(config: SAEConfig, weights: Mapping[str, Tensor]) -> None:
+    expected = config.shapes()
+    if set(weights) != set(expected):
+        raise SAEError(f"An SAE has the weights {', '.join(expected)}; found {', '.join(sorted(weights))}.")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise SAEError(
+                f"{name} has shape {list(weights[name].shape)}; d_model {config.d_model} and d_sae {config.d_sae} "
+                f"want {list(shape)}."
+            )
+
+
+def _read_config(folder: Path) -> SAEConfig:
+    path = folder / "sae.json"
+    if not path.is_file():
+        raise SAEError(f"{folder} holds no SAE: there is no {path.name}.")
+    try:
+        data = read_json(path)
+        if not isinstance(data, dict) or set(data) != {"format", "version", "config"} or data["format"] != FORMAT:
+            raise SAEError(f"{path} is not an SAE of mistudio (format {FORMAT!r}).")
+        if data["version"] != VERSION:
+            raise SAEError(f"{path} has version {data['version']}; this mistudio reads version {VERSION}.")
+        config = from_dict(SAEConfig, data["config"], source=str(path))
+    except ConfigError as error:
+        raise SAEError(str(error)) from error
+    if config.scale is not None or config.pre_encoder_bias or config.log_threshold:
+        raise SAEError(f"{path} says the weights are in training form; an SAE folder holds the released form only.")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise SAEError(f"{path} is missing.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SAEError(f"{path} is damaged: {error}") from error
+
+
+def _check_sound(sae: JumpReLUSAE, place: str) -> None:
+    for name, tensor in sae.state_dict().items():
+        if tensor.dtype != torch.float32:
+            raise SAEError(f"{place}: {_FILE_NAMES[name]} is {tensor.dtype}; expected torch.float32.")
+        if not tensor.isfinite().all():
+            raise SAEError(f"{place}: {_FILE_NAMES[name]} holds NaN or infinite values.")
+    if not (sae.theta > 0).all():
+        raise SAEError(f"{place}: {int((sae.theta <= 0).sum())} thresholds are not positive.")
+    off = (sae.W_dec.norm(dim=1) - 1).abs().max().item()
+    if off > UNIT_ROW_TOLERANCE:
+        raise SAEError(f"{place}: decoder rows must have norm 1, one is off by {off:.3g}.")

@@ -1,0 +1,51 @@
+"""The table of verbs. A verb is a module with `Config` (a frozen dataclass), `run(config)` and `show(result)`.
+
+The table names modules rather than importing them, so that `mistudio --help` does not load torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from rich.console import RenderableType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One thing mistudio can do."""
+
+    name: str
+    """The subcommand."""
+    config: type
+    """Its settings: a frozen dataclass with a docstring on every field."""
+    run: Callable[[Any], Any]
+    """Does it: an instance of `config` in, a result dataclass out."""
+    show: Callable[[Any], RenderableType]
+    """The result as a person reads it."""
+    default: Callable[[str], Any] | None
+    """For verbs with `--recipe NAME`: the settings that the flags start from."""
+
+
+VERBS: dict[str, str] = {
+    "demo": "the whole pipeline on the bundled model, offline, in minutes",
+    "run": "a recipe file: collect, train, evaluate, find features, steer",
+    "collect": "activations of a language model on a text, into a store",
+    "train": "a JumpReLU SAE on one site of a store",
+    "eval": "L0, FVU, delta loss and feature statistics of an SAE on held-out text",
+    "concepts": "which features match the labelled concepts of the demo stories",
+    "steer": "text written with features added to the model, beside text without",
+}
+"""Verb → what it does, in the order of a pipeline."""
+
+
+def load_verb(name: str) -> Verb:
+    """The verb of that name, its module imported now. `name` is a key of `VERBS`."""
+    module = import_module(f"mistudio.studio.{name}_verb")
+    return Verb(
+        name=name,
+        config=module.Config,
+        run=module.run,
+        show=module.show,
+        default=vars(module).get("recipe_default"),
+    )

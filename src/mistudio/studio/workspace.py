@@ -1,0 +1,53 @@
+"""Where things lie in a workspace, which is a folder: the store, one folder an SAE, and the reports.
+
+WORKSPACE/store/                 activations (mistudio.store)
+WORKSPACE/saes/layers.3.resid_post/
+    sae.json sae.safetensors     the SAE in raw units
+    run/                         its training run: run.json, metrics.jsonl, checkpoints
+    evaluation.json feature_stats.safetensors activation_frequency.png
+    concepts.json                features matched to labelled concepts
+WORKSPACE/steering.json  WORKSPACE/summary.json
+"""
+
+from pathlib import Path
+
+from mistudio.errors import ConfigError, SAEError
+from mistudio.evaluate import FeatureStats
+from mistudio.lm import LanguageModel, Site
+from mistudio.sae import JumpReLUSAE
+
+RUN = "run"
+CONCEPTS = "concepts.json"
+
+
+def store_folder(workspace: Path) -> Path:
+    """The activation store of a workspace."""
+    return workspace / "store"
+
+
+def sae_folder(workspace: Path, site: str) -> Path:
+    """The folder of the SAE trained at `site`."""
+    return workspace / "saes" / site
+
+
+def refuse_occupied(folder: Path, remedy: str) -> None:
+    """ConfigError: `folder` exists and is not empty. `remedy`: what to type."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty. {remedy}")
+
+
+def load_sae(folder: Path, model: str | None, device: str | None = None) -> tuple[LanguageModel, JumpReLUSAE, Site]:
+    """The SAE in `folder`, its site, and its language model (or the one named). SAEError: it does not say which."""
+    sae = JumpReLUSAE.load(folder)
+    if sae.config.hook_name is None:
+        raise SAEError(f"{folder}/sae.json does not say which site the SAE was trained on (hook_name).")
+    name = model or sae.config.model
+    if name is None:
+        raise SAEError(f"{folder}/sae.json does not say which model the SAE was trained on; give it: --model NAME.")
+    lm = LanguageModel.load(name, device=device)
+    return lm, sae.to(lm.device), Site.parse(sae.config.hook_name)
+
+
+def feature_stats(folder: Path) -> FeatureStats:
+    """The statistics that `mistudio eval` saved beside the SAE."""
+    return FeatureStats.load(folder)

@@ -1,0 +1,6 @@
+"""Training: rows in, an SAE out, with records from which an interrupted run goes on bit for bit."""
+
+from mistudio.train.config import TrainConfig
+from mistudio.train.loop import Interrupted, Resumable, Run, initial_sae, train
+
+__all__ = ["Interrupted", "Resumable", "Run", "TrainConfig", "initial_sae", "train"]

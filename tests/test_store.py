@@ -1,0 +1,469 @@
+"""Stores: exact, resumable to the byte, strict."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mistudio.errors import ConfigError, StoreError
+from mistudio.store import Position, Store, StoreWriter
+
+A, B = "layers.3.resid_post", "layers.3.attn_z"
+PORTION = 17  # rows a write
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync():
+    """Waiting for the disk proves nothing here: what SIGKILL leaves behind does not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def settings_of(rows: int = 200, bucket_rows: int = 40, seed: int = 5, **changes) -> dict:
+    return {
+        "widths": {A: 3, B: 2},
+        "expected_rows": rows,
+        "bucket_rows": bucket_rows,
+        "seed": seed,
+        "model": "tiny",
+        "context": 16,
+        "source": {"text": "stories", "sites": (A, B), "held_out": 0.1},
+        **changes,
+    }
+
+
+def portion(cursor: int, size: int = PORTION) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Rows of one write: the first column of A is the row's number, so that rows can be told apart."""
+    draw = torch.Generator().manual_seed(cursor)
+    number = torch.arange(cursor * PORTION, cursor * PORTION + size)
+    rows = {site: torch.randn(PORTION, width, generator=draw)[:size] for site, width in ((A, 3), (B, 2))}
+    rows[A][:, 0] = number
+    return rows, torch.stack([number % 7, number // 10, number], dim=1)
+
+
+def write(writer: StoreWriter, rows: int, until: int | None = None, checkpoint_every: int = 3) -> None:
+    cursor = writer.cursor
+    while writer.rows < rows and (until is None or cursor < until):
+        values, where = portion(cursor, min(PORTION, rows - writer.rows))
+        writer.write(values, where)
+        cursor += 1
+        if cursor % checkpoint_every == 0:
+            writer.checkpoint(cursor)
+    if writer.rows >= rows:
+        writer.checkpoint(cursor)
+
+
+def make(path: Path, rows: int = 200, **changes) -> Store:
+    with StoreWriter.create(path, **settings_of(rows, **changes)) as writer:
+        write(writer, rows)
+        return writer.finish()
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    make(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def edit_manifest(path: Path, **changes) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+# ---- what is in a store
+
+
+def test_every_row_is_stored_once_and_keeps_its_origin(whole):
+    store = Store.open(whole)
+    seen = []
+    for bucket in range(5):
+        rows, other, where = store.bucket(A, bucket), store.bucket(B, bucket), store.where(bucket)
+        assert np.array_equal(rows[:, 0].astype(int), where[:, 2])
+        for number, b_row, a_row in zip(where[:, 2], other, rows, strict=True):
+            values, origin = portion(int(number) // PORTION, min(PORTION, 200 - int(number) // PORTION * PORTION))
+            assert np.array_equal(a_row, values[A][number % PORTION])
+            assert np.array_equal(b_row, values[B][number % PORTION])
+            assert where[list(where[:, 2]).index(number)].tolist() == origin[number % PORTION].tolist()
+        assert (np.diff(where[:, 2]) > 0).all()  # in a bucket, in the order of writing
+        seen += where[:, 2].tolist()
+    assert sorted(seen) == list(range(200))
+
+
+def test_scale_and_mean_are_those_of_all_rows_in_float64(whole):
+    store = Store.open(whole)
+    for site in store.sites:
+        rows = np.concatenate([store.bucket(site, k) for k in range(5)]).astype(np.float64)
+        assert store.scale(site) == pytest.approx(np.sqrt((rows**2).sum(1).mean()), rel=1e-13)
+        assert np.allclose(store.mean(site).numpy(), rows.mean(0), rtol=1e-6)
+        second = load_file(whole / "statistics.safetensors")[f"{site}.second_moment"]
+        assert np.allclose(second, (rows**2).mean(0), rtol=1e-13)
+        feed = store.feed(site, 200, seed=0)
+        assert next(feed).double().square().sum(1).mean().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_shards_are_safetensors_files_that_other_tools_open(whole):
+    store = Store.open(whole)
+    assert torch.equal(load_file(whole / A / "00002.safetensors")["rows"], torch.from_numpy(store.bucket(A, 2).copy()))
+    assert load_file(whole / "where" / "00002.safetensors")["where"].dtype == torch.int32
+
+
+def test_an_empty_bucket_is_a_valid_shard(tmp_path):
+    store = make(tmp_path / "s", rows=20, bucket_rows=1)
+    assert 0 in store.manifest.bucket_sizes
+    empty = store.manifest.bucket_sizes.index(0)
+    assert load_file(store.path / A / f"{empty:05d}.safetensors")["rows"].shape == (0, 3)
+    assert store.bucket(A, empty).shape == (0, 3)
+
+
+def test_the_portions_in_which_rows_come_do_not_change_the_rows(tmp_path, whole):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        parts = [portion(cursor) for cursor in range(12)]
+        values = {site: torch.cat([p[0][site] for p in parts])[:200] for site in (A, B)}
+        writer.write(values, torch.cat([p[1] for p in parts])[:200])
+        writer.finish()
+    one, other = digest(tmp_path / "s"), digest(whole)
+    assert {name: one[name] for name in one if "/" in name} == {name: other[name] for name in other if "/" in name}
+
+
+def test_a_store_says_what_it_was_made_from(whole):
+    manifest = Store.open(whole).manifest
+    assert (manifest.model, manifest.context, manifest.seed, manifest.rows) == ("tiny", 16, 5, 200)
+    assert manifest.token_rows == 12
+    assert manifest.source == {"text": "stories", "sites": [A, B], "held_out": 0.1}
+
+
+# ---- feeds
+
+
+@given(
+    rows=st.integers(1, 120),
+    bucket_rows=st.integers(1, 130),
+    batch_rows=st.integers(1, 150),
+    seed=st.integers(0, 2**64 - 1),
+    epochs=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_epoch_gives_every_row_exactly_once(tmp_path_factory, rows, bucket_rows, batch_rows, seed, epochs):
+    folder = tmp_path_factory.mktemp("feed")
+    store = make(folder / "s", rows=rows, bucket_rows=bucket_rows, seed=seed)
+    feed = store.feed(A, batch_rows, seed=seed)
+    taken = torch.cat([next(feed) for _ in range(-(-rows * epochs // batch_rows))])
+    stored = np.concatenate([store.bucket(A, k) for k in range(len(store.manifest.bucket_sizes))])
+    expected = stored / np.float32(store.scale(A))
+    for epoch in range(epochs):
+        got = taken[epoch * rows : (epoch + 1) * rows].numpy()
+        assert np.array_equal(got[np.argsort(got[:, 0])], expected[np.argsort(expected[:, 0])])
+    shutil.rmtree(folder)
+
+
+@given(batch_rows=st.integers(1, 90), before=st.integers(0, 12), after_rows=st.integers(1, 90))
+@settings(max_examples=25, deadline=None)
+def test_a_restored_feed_goes_on_exactly_even_with_another_batch_size(shared_store, batch_rows, before, after_rows):
+    feed = shared_store.feed(A, batch_rows, seed=9)
+    for _ in range(before):
+        next(feed)
+    state = json.loads(json.dumps(feed.state()))
+    expected = torch.cat([next(feed) for _ in range(-(-3 * after_rows // batch_rows))])[: 3 * after_rows]
+    other = shared_store.feed(A, after_rows, seed=9)
+    next(other)
+    other.restore(state)
+    assert torch.equal(torch.cat([next(other) for _ in range(3)]), expected)
+    start = Position(state["epoch"], state["offset"])
+    assert torch.equal(next(shared_store.feed(A, after_rows, seed=9, start=start)), expected[:after_rows])
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory) -> Store:
+    return make(tmp_path_factory.mktemp("shared") / "s", rows=100, bucket_rows=30)
+
+
+def test_same_seed_same_batches_other_seed_other_batches(shared_store):
+    first, again, other = (next(shared_store.feed(A, 100, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_two_epochs_have_different_orders(shared_store):
+    feed = shared_store.feed(A, 100, seed=1)
+    assert not torch.equal(next(feed), next(feed))
+
+
+def test_sites_of_a_store_are_fed_in_the_same_order(shared_store):
+    values, _ = portion(0)
+    a = next(shared_store.feed(A, 100, seed=4)) * shared_store.scale(A)
+    b = next(shared_store.feed(B, 100, seed=4)) * shared_store.scale(B)
+    numbers = a[:, 0].round().int().tolist()
+    for number in range(PORTION):
+        assert torch.allclose(b[numbers.index(number)], values[B][number])
+
+
+def test_a_feed_refuses_the_state_of_another_feed(shared_store):
+    feed = shared_store.feed(A, 10, seed=1)
+    with pytest.raises(StoreError, match="seed = 2; this one has 1"):
+        feed.restore(shared_store.feed(A, 10, seed=2).state())
+    with pytest.raises(StoreError, match="site"):
+        feed.restore(shared_store.feed(B, 10, seed=1).state())
+    with pytest.raises(StoreError, match="offset"):
+        feed.restore({**feed.state(), "offset": 100})
+    with pytest.raises(StoreError, match="state has site, seed, rows"):
+        feed.restore({"epoch": 0})
+
+
+def test_an_unknown_site_is_an_error_that_names_the_sites(shared_store):
+    with pytest.raises(StoreError, match=f"has {A}, {B}"):
+        shared_store.feed("layers.9.mlp_out", 10, seed=0)
+
+
+# ---- interruption and resume
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+@pytest.mark.parametrize("kills", [[0], [1], [4], [5, 7], [11], [12], [2, 2, 9, 12]])
+def test_an_interrupted_store_equals_one_never_interrupted(tmp_path, whole, kills, checkpoint_every):
+    path = tmp_path / "s"
+    for until in kills:
+        with StoreWriter.resume(path, **settings_of()) as writer:
+            write(writer, 200, until=until, checkpoint_every=checkpoint_every)
+        for file in (*path.rglob("0*.safetensors"),):
+            with open(file, "ab") as tail:  # a row half written when the kill came
+                tail.write(b"garbage")
+    (path / ".progress.json.1.tmp").write_text("half")
+    (path / "statistics-9999.safetensors").write_bytes(b"half")
+    with StoreWriter.resume(path, **settings_of()) as writer:
+        write(writer, 200, checkpoint_every=checkpoint_every)
+        writer.finish()
+    assert digest(path) == digest(whole)
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "write_manifest", "Path.unlink"])
+def test_a_kill_while_finishing_is_made_good(tmp_path, whole, monkeypatch, step):
+    path = tmp_path / "s"
+    with StoreWriter.create(path, **settings_of()) as writer:
+        write(writer, 200)
+
+        def killed(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"mistudio.store.writer.{step}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+        monkeypatch.undo()
+    with StoreWriter.resume(path, **settings_of()) as writer:
+        assert writer.complete == (step == "Path.unlink")
+        writer.finish()
+    assert digest(path) == digest(whole)
+
+
+def test_a_kill_before_the_first_checkpoint_is_made_good(tmp_path, whole):
+    path = tmp_path / "s"
+    path.mkdir()
+    (path / ".lock").write_text("")
+    (path / ".progress.json.1.tmp").write_text("{")
+    with StoreWriter.resume(path, **settings_of()) as writer:
+        write(writer, 200)
+        writer.finish()
+    assert digest(path) == digest(whole)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_store import StoreWriter, settings_of, write, portion
+writer = StoreWriter.create({path!r}, **settings_of())
+write(writer, 200, until=8)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_store_survives_sigkill(tmp_path, whole):
+    path = tmp_path / "s"
+    script = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    with StoreWriter.resume(path, **settings_of()) as writer:
+        assert writer.cursor == 6
+        write(writer, 200)
+        writer.finish()
+    assert digest(path) == digest(whole)
+
+
+def test_a_finished_store_is_left_alone_by_a_resume(whole):
+    before = digest(whole)
+    with StoreWriter.resume(whole, **settings_of()) as writer:
+        assert writer.complete
+        assert writer.rows == 200
+        writer.finish()
+    assert digest(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 6}, "seed = 5; this run wants 6"),
+        ({"widths": {A: 3}}, "widths"),
+        ({"source": {"text": "other.txt", "sites": (A, B), "held_out": 0.1}}, "text = 'stories'.*'other.txt'"),
+        ({"source": {"text": "stories", "sites": (A, B), "held_out": 0.1, "new": 1}}, "new = None; this run wants 1"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused_by_name(tmp_path, whole, changes, message):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        write(writer, 200, until=5)
+    for path in (tmp_path / "s", whole):
+        with pytest.raises(StoreError, match=message):
+            StoreWriter.resume(path, **settings_of(**changes))
+
+
+def test_two_writers_cannot_write_to_one_store(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of()), pytest.raises(StoreError, match="Another process"):
+        StoreWriter.resume(tmp_path / "s", **settings_of())
+
+
+def test_a_shard_cut_below_the_checkpoint_is_named(tmp_path):
+    path = tmp_path / "s"
+    with StoreWriter.create(path, **settings_of()) as writer:
+        write(writer, 200, until=6)
+    (path / A / "00001.safetensors").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"resid_post/00001\.safetensors has 0 bytes"):
+        StoreWriter.resume(path, **settings_of())
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_row_stops_the_collection_and_is_named(tmp_path, value):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        write(writer, 200, until=2)
+        values, where = portion(2)
+        values[B][4, 1] = value
+        with pytest.raises(
+            StoreError, match=rf"{B} has 1 NaN or infinite values in row 38 \(document 3, token 38 of it\)"
+        ):
+            writer.write(values, where)
+        assert writer.rows == 34
+
+
+def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(StoreError, match=r"need 32,000\.0 GB"):
+        StoreWriter.create(tmp_path / "s", **settings_of(rows=10**12))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_write_that_fails_is_an_error_that_says_how_to_go_on(tmp_path):
+    path = tmp_path / "s"
+    with StoreWriter.create(path, **settings_of()) as writer:
+        write(writer, 200, until=4)
+        shutil.rmtree(path / B)
+        with pytest.raises(StoreError, match=r"cannot be written: No such file.*--resume"):
+            writer.write(*portion(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("manifest.json", "finished store"), ("progress.json", "unfinished"), ("notes", "not empty")]
+)
+def test_a_folder_in_use_is_refused(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(StoreError, match=message):
+        StoreWriter.create(tmp_path, **settings_of())
+
+
+def test_a_store_without_rows_or_without_scale_cannot_be_finished(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        with pytest.raises(StoreError, match="No row was written"):
+            writer.finish()
+        writer.write({A: torch.zeros(5, 3), B: torch.ones(5, 2)}, torch.zeros(5, 3, dtype=torch.int32))
+        with pytest.raises(StoreError, match=f"{A} are zero"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("site", ["../up", "where", "a/b", "", ".hidden", "-x"])
+def test_a_site_name_that_could_leave_the_folder_is_refused(tmp_path, whole, site):
+    with pytest.raises(ConfigError, match="name of a site"):
+        StoreWriter.create(tmp_path / "s", **settings_of(widths={site: 3}))
+    edit_manifest(whole, sites={site: {"width": 3, "scale": 1.0}})
+    with pytest.raises(StoreError, match="name of a site"):
+        Store.open(whole)
+
+
+def test_a_missing_store_says_how_to_make_one(tmp_path):
+    with pytest.raises(StoreError, match="mistudio collect"):
+        Store.open(tmp_path / "none")
+
+
+def test_an_unfinished_store_says_how_far_it_got_and_how_to_go_on(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        write(writer, 200, until=4)
+    with pytest.raises(StoreError, match=r"51 of 200 rows.*mistudio collect \.\.\. --out .*s --resume"):
+        Store.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2; this mistudio reads version 1"),
+        ({"format": "zip"}, "does not describe a mistudio store"),
+        ({"surprise": 1}, "unknown key surprise"),
+        ({"rows": 201}, "rows is 201, but the buckets hold 200"),
+        ({"bucket_sizes": [200]}, "bucket_sizes"),
+        ({"bucket_sizes": [-1, 201, 0, 0, 0]}, "bucket_sizes"),
+        ({"seed": "5"}, "seed: wanted int"),
+        ({"dtype": "bfloat16"}, "float32"),
+        ({"sites": {A: {"width": 3, "scale": float("nan")}}}, "scale"),
+        ({"sites": {A: {"width": 3, "scale": 1.0}}}, "statistics.safetensors does not hold"),
+        ({"sites": {A: {"width": 3, "scale": 1.0}, B: {"width": 2, "scale": 1.0}}}, "manifest.json says 1.0"),
+    ],
+)
+def test_a_manifest_that_is_not_exactly_right_is_refused(whole, changes, message):
+    edit_manifest(whole, **changes)
+    with pytest.raises(StoreError, match=message):
+        Store.open(whole)
+
+
+def test_a_manifest_that_is_not_json_is_refused(whole):
+    (whole / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="not valid JSON"):
+        Store.open(whole)
+
+
+def test_a_shard_of_another_size_is_named(whole):
+    with open(whole / B / "00003.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(StoreError, match=r"attn_z/00003\.safetensors has .* bytes; manifest\.json says"):
+        Store.open(whole)
+    (whole / B / "00003.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"00003\.safetensors is missing"):
+        Store.open(whole)
+
+
+def test_a_shard_of_another_shape_is_named(whole):
+    path = whole / A / "00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"rows"')] = ord("'")
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"00000\.safetensors has the header"):
+        Store.open(whole).bucket(A, 0)
+
+
+def test_damaged_statistics_are_refused(whole):
+    (whole / "statistics.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(StoreError, match=r"statistics\.safetensors cannot be read"):
+        Store.open(whole)
+    save_file({"x": torch.zeros(2)}, whole / "statistics.safetensors")
+    with pytest.raises(StoreError, match="does not hold"):
+        Store.open(whole)
