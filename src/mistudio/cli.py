@@ -21,12 +21,14 @@ from mistudio.config import from_dict, read_plain, to_dict
 from mistudio.errors import ConfigError, MistudioError
 from mistudio.studio import VERBS, Verb, load_verb
 
+PIPED_WIDTH = 120
+"""Columns of the tables where standard output is no terminal."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb and exits."""
     arguments = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="mistudio: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("mistudio").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
         _run(arguments)
     except MistudioError as error:
@@ -50,12 +52,22 @@ def _run(arguments: list[str]) -> None:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"There is no verb {name!r}.{hint} The verbs are {', '.join(VERBS)}.")
     verb = load_verb(name)
-    config, as_json = _parse(verb, rest)
+    config, as_json = parse(verb, rest)
     result = verb.run(config)
     if as_json:
         print(json.dumps(to_dict(result), indent=2, allow_nan=False))
     else:
-        Console().print(verb.show(result), highlight=False)
+        width = None if sys.stdout.isatty() else PIPED_WIDTH
+        Console(width=width).print(verb.show(result), highlight=False)
+
+
+def _log_to_stderr() -> None:
+    """What mistudio chose or noticed, a line each; other packages' loggers stay as they are."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("mistudio: %(message)s"))
+    logger = logging.getLogger("mistudio")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 def _overview() -> str:
@@ -68,7 +80,7 @@ def _overview() -> str:
     )
 
 
-def _parse(verb: Verb, arguments: list[str]) -> tuple[Any, bool]:
+def parse(verb: Verb, arguments: list[str]) -> tuple[Any, bool]:
     """The verb's config: its defaults, under the file of --config, under the flags; and whether --json was given."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--config", type=Path)
@@ -99,7 +111,7 @@ def _defaults(cls: type, start: dict[str, Any], given: dict[str, Any], source: s
     if unknown := sorted(set(given) - set(fields)):
         raise ConfigError(f"{source}: unknown key {', '.join(unknown)}; the choices are {', '.join(fields)}")
     hints = get_type_hints(cls)
-    instance = object.__new__(cls)
+    instance: Any = object.__new__(cls)
     for name, field in fields.items():
         value = start.get(name, _field_default(field))
         if name in given:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to and from plain data, strictly: an unknown key or a wrong type is an error that names the choices.
+"""Frozen dataclasses to and from plain data, strictly: an unknown key is an error that names the choices.
 
 Every configuration and every report of mistudio is a frozen, keyword-only dataclass. This module turns one into JSON or
 YAML and back through cattrs. Numbers are never coerced silently: `3.7` is not an int, `"yes"` is not a bool; the one
@@ -7,8 +7,9 @@ concession is `1e-3`, which YAML 1.1 reads as text.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
 import yaml
@@ -25,7 +26,7 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, *, source: str = "configuration") -> T:
-    """An instance of `cls` from plain data. ConfigError: an unknown key, a missing one, a wrong type or a refused value."""
+    """An instance of `cls` from plain data. ConfigError: an unknown or missing key, a wrong type, a refused value."""
     try:
         return _CONVERTER.structure(data, cls)
     except Exception as error:
@@ -57,7 +58,7 @@ def _field_names(cls: type) -> list[str]:
 
 
 def _structure_dataclass(cls: type) -> Any:
-    build = make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=False)
+    build: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=False)
     hints = get_type_hints(cls)
 
     def structure(data: Any, _: Any) -> Any:
@@ -84,6 +85,19 @@ def _strict(wanted: type) -> Any:
         if isinstance(data, allowed) and (wanted is bool or not isinstance(data, bool)):
             return wanted(data)
         raise ConfigError(f"wanted {wanted.__name__}, found {data!r}")
+
+    return structure
+
+
+def _is_literal(cls: Any) -> bool:
+    return get_origin(cls) is Literal
+
+
+def _structure_literal(cls: Any) -> Any:
+    def structure(data: Any, _: Any) -> Any:
+        if data not in get_args(cls):
+            raise ConfigError(f"wanted one of {', '.join(map(str, get_args(cls)))}, found {data!r}")
+        return data
 
     return structure
 
@@ -118,3 +132,4 @@ def _make_converter() -> cattrs.Converter:
 
 _CONVERTER = _make_converter()
 _CONVERTER.register_structure_hook_factory(dataclasses.is_dataclass, _structure_dataclass)
+_CONVERTER.register_structure_hook_factory(_is_literal, _structure_literal)

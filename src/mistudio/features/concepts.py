@@ -187,5 +187,5 @@ class _Scores:
             recall=hits / positives if positives else 0.0,
             f1=2 * hits / (predicted + positives) if predicted + positives else 0.0,
             positives=int(positives),
-            top_tokens=tuple(lm.tokenizer.decode([int(i)]) for i, m in zip(ids, mass, strict=True) if m > 0),
+            top_tokens=tuple(str(lm.tokenizer.decode([int(i)])) for i, m in zip(ids, mass, strict=True) if m > 0),
         )

@@ -4,6 +4,8 @@ Weights are read from safetensors only, and no code of a model repository is run
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +38,27 @@ def load_model(
         config = AutoConfig.from_pretrained(source, revision=revision)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, use_safetensors=True, attn_implementation=attention_for(config)
-        )
+        with _quiet_bar() if name == "demo" else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=dtype, use_safetensors=True, attn_implementation=attention_for(config)
+            )
     except (OSError, ValueError) as error:
         raise ModelError(explain(name, error)) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` untyped
+
+
+@contextmanager
+def _quiet_bar() -> Iterator[None]:
+    """transformers' loading bar is off: the demo model is there at once."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def attention_for(config: Any) -> str | None:

@@ -70,7 +70,7 @@ def documents(
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document is among the `fraction` held out: a hash of its text, uniform in [0, 1), is below it."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -200,6 +200,10 @@ def _text_of(row: dict[str, Any], column: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         raise TextError(f"{place}: the column {column!r} holds {type(value).__name__}, not text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can say "\ud800"; no tokenizer takes it
+        raise TextError(f"{place}: the text holds half a character (a lone surrogate) at {error.start}.") from error
     return value
 
 

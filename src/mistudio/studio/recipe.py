@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mistudio.config import load_file
 from mistudio.errors import ConfigError
@@ -32,8 +32,8 @@ class SAEStage:
     """Where; one of the sites collected."""
     width: int
     """Number of features."""
-    recipe: str = "quick"
-    """The training recipe: quick or gemma_scope."""
+    recipe: Literal["quick", "gemma_scope"] = "quick"
+    """The training recipe."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainConfig that differ from the training recipe."""
 

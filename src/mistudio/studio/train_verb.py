@@ -1,6 +1,7 @@
 """`mistudio train`: a JumpReLU SAE on one site of a store, folded to raw units when it is done."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,11 @@ from mistudio.config import from_dict, to_dict
 from mistudio.errors import ConfigError
 from mistudio.files import write_json
 from mistudio.lm import Site
-from mistudio.sae import JumpReLUSAE, SAEConfig
+from mistudio.sae import SAEConfig
 from mistudio.store import Store
-from mistudio.studio.workspace import RUN, refuse_occupied
-from mistudio.train import TrainConfig, train
+from mistudio.train import TrainConfig, initial_sae, train
 
-RECIPES = {"quick": recipes.quick, "gemma_scope": recipes.gemma_scope}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"quick": recipes.quick, "gemma_scope": recipes.gemma_scope}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,7 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
 
 
 def run(config: Config) -> Result:
-    """Trains, folds the scale into the weights and saves the SAE; the result says how it ended."""
-    if not config.resume:
-        refuse_occupied(config.out, "Choose another --out, or continue the run with --resume.")
+    """Trains; the folder then holds the SAE in raw units beside the run's records. The result says how it ended."""
     store = Store.open(config.store)
     sae_config = SAEConfig(
         d_model=store.width(config.site),
@@ -86,17 +84,14 @@ def run(config: Config) -> Result:
         hook_name=config.site,
         hook_layer=Site.parse(config.site).layer,
         model=store.manifest.model,
-        pre_encoder_bias=config.train.pre_encoder_bias,
-        log_threshold=config.train.log_threshold,
         scale=store.scale(config.site),
     )
     feed = store.feed(config.site, config.train.batch_rows, seed=config.train.seed)
-    folder = config.out / RUN
-    mean = store.mean(config.site) / store.scale(config.site)
-    outcome = train(sae_config, feed, config.train, folder=folder, resume=config.resume, mean=mean.float())
+    mean = (store.mean(config.site) / store.scale(config.site)).float()
+    sae = initial_sae(sae_config, config.train)
+    outcome = train(sae, feed, config.train, folder=config.out, resume=config.resume, mean=mean)
     differences = recipes.differences(config.train)
-    write_json(folder / "differences_from_gemma_scope.json", to_dict(differences))
-    save_folded(outcome.sae, config.out)
+    write_json(config.out / "differences_from_gemma_scope.json", to_dict(differences))
     return Result(
         sae=str(config.out),
         site=config.site,
@@ -105,11 +100,6 @@ def run(config: Config) -> Result:
         final=outcome.history[-1] if outcome.history else {},
         differences=differences,
     )
-
-
-def save_folded(sae: JumpReLUSAE, folder: Path) -> None:
-    """Writes the SAE in raw units: what every other tool reads."""
-    sae.fold().save(folder)
 
 
 def show(result: Result) -> RenderableType:

@@ -3,12 +3,13 @@
 WORKSPACE/store/                 activations (mistudio.store)
 WORKSPACE/saes/layers.3.resid_post/
     sae.json sae.safetensors     the SAE in raw units
-    run/                         its training run: run.json, metrics.jsonl, checkpoints
+    run.json metrics.jsonl …     the records of its training, and the last checkpoints
     evaluation.json feature_stats.safetensors activation_frequency.png
     concepts.json                features matched to labelled concepts
 WORKSPACE/steering.json  WORKSPACE/summary.json
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 from mistudio.errors import ConfigError, SAEError
@@ -16,7 +17,6 @@ from mistudio.evaluate import FeatureStats
 from mistudio.lm import LanguageModel, Site
 from mistudio.sae import JumpReLUSAE
 
-RUN = "run"
 CONCEPTS = "concepts.json"
 
 
@@ -44,8 +44,14 @@ def load_sae(folder: Path, model: str | None, device: str | None = None) -> tupl
     name = model or sae.config.model
     if name is None:
         raise SAEError(f"{folder}/sae.json does not say which model the SAE was trained on; give it: --model NAME.")
-    lm = LanguageModel.load(name, device=device)
+    lm = _loaded(name, device)
     return lm, sae.to(lm.device), Site.parse(sae.config.hook_name)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, device: str | None) -> LanguageModel:
+    """The verbs of one process that follow one another share the model."""
+    return LanguageModel.load(name, device=device)
 
 
 def feature_stats(folder: Path) -> FeatureStats:

@@ -1,9 +1,9 @@
 """A run folder, and checkpoints from which a run goes on as if it had never stopped.
 
-    run.json                             the configuration and the start; written once, after the first batch was
-    accepted metrics.jsonl                        one line every `log_every` steps
-    checkpoints/step-000001000.safetensors   the last two; each file is whole or absent
-    sae/                                 the SAE in released form, when the run is finished
+    run.json                         the configuration and the start, written when the first batch was accepted
+    metrics.jsonl                    one line every `log_every` steps
+    checkpoints/step-*.safetensors   the last two; each file is whole or absent
+    sae.json, sae.safetensors        the SAE in released form, when the run is finished
 
 A checkpoint holds the weights, Adam's second moments, how long each feature was silent, the sums of the metrics line
 that is being gathered, and in its header the step and the position in the data. Schedules are functions of the step,
@@ -87,14 +87,15 @@ def _differences(was: dict[str, Any], now: dict[str, Any], ignored: frozenset[st
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """The folder holds this checkpoint and the one before it. TrainError: the position is not plain data."""
+    header = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "position": checkpoint.position}
     try:
-        state = json.dumps({"step": checkpoint.step, "position": checkpoint.position})
+        state = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise TrainError(f"The batch source's state() must be plain data for JSON: {error}.") from error
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    header = {"format": FORMAT, "version": str(VERSION), "state": state}
-    write_tensors(checkpoints / f"step-{checkpoint.step:09d}.safetensors", checkpoint.tensors, header)
+    # one key only: safetensors writes several in no fixed order, and equal runs should leave equal files
+    write_tensors(checkpoints / f"step-{checkpoint.step:09d}.safetensors", checkpoint.tensors, {"state": state})
     for old in _paths(folder)[:-KEPT]:
         old.unlink()
 
@@ -106,11 +107,10 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     try:
         with safe_open(paths[-1], framework="pt") as file:
-            header = file.metadata() or {}
+            state = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if (header.get("format"), header.get("version")) != (FORMAT, str(VERSION)):
+        if (state["format"], state["version"]) != (FORMAT, VERSION):
             raise TrainError(f"{paths[-1]} is not a checkpoint of mistudio (format {FORMAT!r}, version {VERSION}).")
-        state = json.loads(header["state"])
         return Checkpoint(state["step"], state["position"], tensors)
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise TrainError(f"{paths[-1]} is damaged ({error}). Delete it to resume from the one before.") from error

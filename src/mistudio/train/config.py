@@ -1,8 +1,8 @@
-"""What a training run is: every number that decides its outcome, and what is logged. Lengths are in steps, sizes in
-rows.
+"""What a training run is: every number that decides its outcome, and what is logged.
 
-A row is one activation vector, that is one token's. The defaults are Gemma Scope's (report, section 3.2); `steps` and
-`sparsity_weight` have none, because no value is right for every run. `mistudio.recipes` gives whole configurations.
+Lengths are in steps, sizes in rows. A row is one activation vector, that is one token's. The defaults are Gemma Scope's
+(report, section 3.2); `steps` and `sparsity_weight` have none, because no value is right for every run.
+`mistudio.recipes` gives whole configurations.
 """
 
 import math
@@ -106,6 +106,6 @@ class TrainConfig:
             raise ConfigError(f"sparsity {self.sparsity} needs a positive target_l0, not {self.target_l0}")
 
 
-def _check(name: str, value: float, holds: bool, expected: str) -> None:
+def _check(name: str, value: float | int, holds: bool, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {expected}, not {value}")

@@ -6,7 +6,7 @@ the same lines as one that never stopped. On resume the lines after the checkpoi
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mistudio.config import to_dict
 from mistudio.errors import TrainError
@@ -16,6 +16,7 @@ from mistudio.train.config import TrainConfig
 Metrics = dict[str, float | int]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Somewhere that metrics go."""
 
@@ -48,8 +49,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise TrainError("TensorBoard is not installed; type pip install 'mistudio[tensorboard]'.") from error
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)  # type:
-        ignore[no - untyped - call]
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: Metrics) -> None:
         for name, value in metrics.items():

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -66,8 +66,7 @@ class Run:
 
 
 def initial_sae(config: SAEConfig, cfg: TrainConfig) -> JumpReLUSAE:
-    """The SAE that a run with `cfg` starts from, in training form and float32. `config.scale` must be set (see
-    `train`)."""
+    """The SAE that a run with `cfg` starts from: training form, float32. `train` wants `config.scale` to be set."""
     config = dataclasses.replace(config, pre_encoder_bias=cfg.pre_encoder_bias, log_threshold=cfg.log_threshold)
     return JumpReLUSAE(config, initial_weights(config, seed=cfg.seed, threshold=cfg.threshold_init))
 
@@ -83,11 +82,11 @@ def train(
 ) -> Run:
     """The finished run; `sae` is trained in place.
 
-    `batches`: any iterable of normalised rows [batch_rows, D] with E‖x‖² = 1, long enough for every step, on any
-    device. `folder`: where run.json, metrics.jsonl, checkpoints and at the end sae/ (released form) go; None keeps
-    nothing. `resume`: go on with the run in `folder` (bit-identical to one that never stopped), or start it where
-    there is none. A `Resumable` source is put back to its place; from any other, the batches already used are skipped.
-    `mean`: where b_dec starts with b_dec_init "mean", in normalised units; None takes the first batch's.
+    batches: any iterable of normalised rows [batch_rows, D] with E‖x‖² = 1, on any device, enough for every step.
+    folder: where run.json, metrics.jsonl, checkpoints and at the end the SAE in released form go; None keeps nothing.
+    resume: go on with the run in `folder` (bit-identical to one that never stopped), or start it where there is none.
+        A `Resumable` source is put back to its place; from any other, the batches already used are skipped.
+    mean: where b_dec starts with b_dec_init "mean", in normalised units; None takes the first batch's.
 
     TrainError: the rows are not normalised, a batch has another shape or non-finite values, the batches end early, the
     folder is in use or belongs to another configuration. Interrupted: Ctrl-C or SIGTERM, after a checkpoint (only with
@@ -106,11 +105,13 @@ def train(
         _restore(state, batches, latest_checkpoint(place))
     source = _batches(batches, cfg, sae, skip=0 if isinstance(batches, Resumable) else state.step)
     if state.step == 0:
-        first = _take(source, cfg, 0)
+        first = next(source, None)
+        if first is None:
+            raise _ended_early(cfg, 0)
         start = _start(sae, first, cfg, mean)
         if place is not None:
             write_start(place, cfg, sae.config, {**start, "warnings": warnings, "torch": torch.__version__})
-        source = _chain(first, source)
+        source = chain([first], source)
     history: list[Metrics] = [] if place is None else keep_metrics(place, state.step)
     sinks = open_sinks(cfg, place, state.step + 1)
     try:
@@ -119,7 +120,7 @@ def train(
         for sink in sinks:
             sink.close()
     if place is not None:
-        sae.fold().save(place / "sae")
+        sae.fold().save(place)
     return Run(sae, history, state.step, place, warnings)
 
 
@@ -138,11 +139,10 @@ def _run_steps(
         progress_bar("training", cfg.steps * rows, "tokens", start=state.step * rows) as bar,
     ):
         while state.step < cfg.steps:
-            try:
-                x = _take(source, cfg, state.step)
-            except TrainError:
+            x = next(source, None)
+            if x is None:
                 _save(state, batches, folder)
-                raise
+                raise _ended_early(cfg, state.step)
             state.update(x)
             if state.step % cfg.log_every == 0 or state.step == cfg.steps:
                 _log(state, history, sinks, bar)
@@ -208,7 +208,7 @@ def _start(sae: JumpReLUSAE, first: Tensor, cfg: TrainConfig, mean: Tensor | Non
 
 def _check_pair(sae: JumpReLUSAE, cfg: TrainConfig) -> None:
     advice = "Make the SAE with initial_sae(SAEConfig(..., scale=...), cfg)."
-    if sae.W_enc.dtype != torch.float32 or not sae.W_enc.is_contiguous():
+    if sae.W_enc.dtype != torch.float32:
         raise TrainError(f"Training needs float32 weights, not {sae.W_enc.dtype}. {advice}")
     if sae.config.scale is None:
         raise TrainError(
@@ -233,18 +233,11 @@ def _batches(batches: Iterable[Tensor], cfg: TrainConfig, sae: JumpReLUSAE, skip
         yield x.to(sae.W_enc.device, torch.float32)
 
 
-def _take(source: Iterator[Tensor], cfg: TrainConfig, step: int) -> Tensor:
-    for x in source:
-        return x
-    raise TrainError(
+def _ended_early(cfg: TrainConfig, step: int) -> TrainError:
+    return TrainError(
         f"The batches ended after {step:,} of {cfg.steps:,} steps. Pass an endless source (a store's feed, or "
         "itertools.cycle over a list), or lower steps."
     )
-
-
-def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What changes while a run goes on: weights, optimiser, silent-feature counters, and the metrics line being gathered.
 
-Nothing here synchronises with the device except `metrics` and `bad_step`, which the loop calls at log steps and before
-a checkpoint. Non-finite values are caught without reading them: the first bad step is kept on the device.
+Nothing here synchronises with the device except `metrics` and `check_finite`, which the loop calls at log steps and
+before a checkpoint. Non-finite values are caught without reading them: the first bad step is kept on the device.
 """
 
 from collections.abc import Mapping
@@ -60,13 +60,13 @@ class TrainState:
         bad_batch, bad_loss = (int(step) for step in self.first_bad)
         if bad_batch >= 0 and bad_batch <= (bad_loss if bad_loss >= 0 else bad_batch):
             raise TrainError(
-                f"The batch of step {bad_batch} holds NaN or infinite values; nothing was learned from it. Check the "
-                "activations; an earlier checkpoint, if any, is untouched."
+                f"The batch of step {bad_batch} holds NaN or infinite values. Check the activations. The weights in "
+                "memory are spoiled; the last checkpoint, if there is one, is from before."
             )
         if bad_loss >= 0:
             raise TrainError(
                 f"The loss of step {bad_loss} is not finite, though its batch is. Lower lr (now {self.cfg.lr:g}) or "
-                "sparsity_weight; an earlier checkpoint, if any, is untouched."
+                "sparsity_weight. The last checkpoint, if there is one, is from before."
             )
 
     def metrics(self) -> Metrics:

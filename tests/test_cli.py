@@ -1,0 +1,92 @@
+"""The command line: helps, refuses with one sentence and exit code 2, and speaks JSON."""
+
+import json
+
+import pytest
+
+from mistudio import cli
+from mistudio.studio import VERBS, load_verb
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error)."""
+    code = 0
+    try:
+        cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_overview_names_every_verb(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_every_flag(capsys, verb):
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    config = load_verb(verb).config
+    for name in config.__dataclass_fields__:
+        assert name.replace("_", "-") in out or name == "prompt", name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["colect"], "Did you mean collect?"),
+        (["train", "--recipe", "gema"], "the choices are quick, gemma_scope"),
+        (["run", "nothing.yaml", "--workspace", "w"], "There is no recipe nothing.yaml"),
+        (["eval", "--sae", "nowhere"], "nowhere holds no SAE"),
+        (["train", "--store", "nowhere", "--site", "layers.0.resid_post", "--width", "8", "--out", "o"], "nowhere"),
+        (["steer", "Once", "--sae", "s", "--feature", "1", "2", "--strength", "3"], "2 features and 1 strengths"),
+        (["collect", "--sites", "layers.0.nose", "--tokens", "9", "--out", "o"], "nose"),
+        (["collect", "--config", "none.yaml"], "There is no file none.yaml"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    code, _, err = run(capsys, "eval", "--seaa", "x")
+    assert code == 2
+    assert "--sae" in err
+
+
+def test_a_file_gives_defaults_and_flags_override_them(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("store: s\nsite: layers.0.resid_post\nwidth: 8\nout: o\ntrain: {steps: 7, lr: 1e-4}\n")
+    verb = load_verb("train")
+    config, _ = cli.parse(verb, ["--config", str(file), "--width", "16", "--train.lr", "0.5"])
+    assert (config.width, config.train.steps, config.train.lr) == (16, 7, 0.5)
+
+
+def test_the_recipe_flag_sets_what_the_other_flags_start_from():
+    flags = ["--store", "s", "--site", "layers.0.resid_post", "--width", "8", "--out", "o"]
+    config, _ = cli.parse(load_verb("train"), ["--recipe", "gemma_scope", *flags, "--train.steps", "5"])
+    assert (config.recipe, config.train.steps, config.train.bandwidth) == ("gemma_scope", 5, 0.001)
+
+
+def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("breadth: 8\n")
+    code, _, err = run(capsys, "train", "--config", str(file))
+    assert code == 2
+    assert "unknown key breadth; the choices are store, site, width" in err
+
+
+def test_json_is_json_and_nothing_else(capsys, tmp_path):
+    out = tmp_path / "store"
+    flags = ["--sites", "layers.0.resid_post", "--tokens", "40", "--context", "16", "--out", str(out), "--json"]
+    code, text, _ = run(capsys, "collect", *flags)
+    assert code == 0
+    assert json.loads(text)["rows"] == 40
