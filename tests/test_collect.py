@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import mistudio.collect
 from mistudio.collect import CollectConfig, collect
@@ -196,3 +197,15 @@ def test_a_nan_activation_stops_the_collection(cfg, lm):
 def test_settings_that_cannot_be_are_refused(cfg, change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(cfg, **change)
+
+
+def test_a_disk_too_small_for_gemma_scope_is_said_before_any_weights_are_read(tmp_path):
+    """The folder has the configuration of Gemma 2 2B and no weights; 4 billion rows of 2304 need 37 TB."""
+    model = tmp_path / "gemma-2-2b"
+    config = transformers.Gemma2Config(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, head_dim=256)
+    config.save_pretrained(model)
+    out = tmp_path / "store"
+    cfg = CollectConfig(sites=("layers.20.resid_post",), tokens=4_000_000_000, out=out, model=str(model))
+    with pytest.raises(StoreError, match=r"need 36,912\.0 GB"):
+        collect(cfg)
+    assert not out.exists()

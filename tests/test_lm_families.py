@@ -15,23 +15,23 @@ def lm(request) -> LanguageModel:
 
 
 def sites(lm: LanguageModel) -> list[Site]:
-    return [Site(layer, kind) for layer in range(lm.n_layers) for kind in KINDS]
+    return [Site(layer, kind) for layer in range(lm.shape.n_layers) for kind in KINDS]
 
 
 def into_the_stream(lm: LanguageModel, site: Site, z: torch.Tensor) -> torch.Tensor:
     """What attention adds to the residual stream, from its site: the output matrix, and the norm after it in Gemma."""
-    path, _ = lm.family.locate(site)
+    path, _ = lm.shape.family.locate(site)
     added = lm.model.get_submodule(path)(z)
     if lm.model.config.model_type.startswith("gemma"):
-        layer, _ = lm.family.locate(Site(site.layer, "resid_post"))
+        layer, _ = lm.shape.family.locate(Site(site.layer, "resid_post"))
         added = lm.model.get_submodule(layer).post_attention_layernorm(added)
     return added
 
 
 def layers_called(lm: LanguageModel, work) -> set[int]:
     called, handles = set(), []
-    for layer in range(lm.n_layers):
-        module = lm.model.get_submodule(lm.family.locate(Site(layer, "resid_post"))[0])
+    for layer in range(lm.shape.n_layers):
+        module = lm.model.get_submodule(lm.shape.family.locate(Site(layer, "resid_post"))[0])
         handles.append(module.register_forward_hook(lambda *_, layer=layer: called.add(layer)))
     work()
     for handle in handles:
@@ -50,7 +50,7 @@ def test_the_residual_stream_read_is_the_models_own_hidden_state(lm):
         assert torch.equal(read[Site(0, "resid_post")], own[1])
         assert torch.equal(read[Site(1, "resid_post")], own[2])
         last_layer = []  # the last hidden state comes after the final norm; the layer itself says what it puts out
-        module = lm.model.get_submodule(lm.family.locate(Site(2, "resid_post"))[0])
+        module = lm.model.get_submodule(lm.shape.family.locate(Site(2, "resid_post"))[0])
         handle = module.register_forward_hook(
             lambda _, __, out: last_layer.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -65,7 +65,7 @@ def test_attention_and_mlp_add_up_to_the_residual_stream(lm):
     """resid_post of layer L = resid_post of L-1 + (attn_z through W_O and its norm) + mlp_out, at every layer."""
     read = lm.run(TOKENS, read=sites(lm)).activations
     stream = lm.model(TOKENS, output_hidden_states=True).hidden_states[0]
-    for layer in range(lm.n_layers):
+    for layer in range(lm.shape.n_layers):
         z = Site(layer, "attn_z")
         stream = stream + into_the_stream(lm, z, read[z]) + read[Site(layer, "mlp_out")]
         torch.testing.assert_close(read[Site(layer, "resid_post")], stream, rtol=1e-5, atol=1e-5)

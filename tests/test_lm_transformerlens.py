@@ -25,7 +25,7 @@ def theirs() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def ours() -> dict[Site, torch.Tensor]:
     lm = LanguageModel(tiny_gemma2(), tiny_tokenizer(), name="tiny")
-    return lm.run(TOKENS, read=[Site(layer, kind) for layer in range(lm.n_layers) for kind in KINDS]).activations
+    return lm.run(TOKENS, read=[Site(layer, kind) for layer in range(lm.shape.n_layers) for kind in KINDS]).activations
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -132,7 +132,7 @@ def test_the_site_is_the_one_the_sae_names_unless_another_is_given(lm, sae):
     elsewhere = compare(lm, sae, PROMPT, FEATURES, site=Site(0, "resid_post"), max_new_tokens=2)
     assert elsewhere.site == "layers.0.resid_post"
     with pytest.raises(SAEError, match="give `site`"):
-        compare(lm, _sae(lm.d_model, hook_name=None), PROMPT, FEATURES)
+        compare(lm, _sae(lm.shape.d_model, hook_name=None), PROMPT, FEATURES)
 
 
 def test_wrong_features_strengths_and_samples_are_refused_in_words(lm, sae):
@@ -154,11 +154,11 @@ def test_wrong_features_strengths_and_samples_are_refused_in_words(lm, sae):
 
 
 def test_an_sae_of_another_width_is_refused_naming_both(lm):
-    wrong = _sae(lm.d_model + 3)
-    with pytest.raises(SAEError, match=rf"(?s){lm.d_model + 3}.*{lm.d_model}"):
+    wrong = _sae(lm.shape.d_model + 3)
+    with pytest.raises(SAEError, match=rf"(?s){lm.shape.d_model + 3}.*{lm.shape.d_model}"):
         compare(lm, wrong, PROMPT, FEATURES)
     with (
-        pytest.raises(EditError, match=str(lm.d_model + 3)),
+        pytest.raises(EditError, match=str(lm.shape.d_model + 3)),
         lm.editing({SITE: steering_edit(wrong, FEATURES)}),
     ):
         lm.run(torch.tensor([lm.to_tokens(PROMPT)]), read=(SITE,))

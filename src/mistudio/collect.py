@@ -19,10 +19,11 @@ from torch import Tensor
 
 from mistudio.config import to_dict
 from mistudio.errors import ConfigError
-from mistudio.lm import LanguageModel, Site, TokenRow, documents, pack
+from mistudio.lm import LanguageModel, ModelShape, Site, TokenRow, documents, load_shape, pack
 from mistudio.progress import progress_bar
 from mistudio.store import Store, StoreWriter
-from mistudio.store.writer import refuse_occupied
+from mistudio.store.manifest import row_bytes
+from mistudio.store.writer import refuse_occupied, refuse_small_disk
 
 CHECKPOINT_EVERY_S = 30.0  # where checkpoints fall does not change a bit of the result
 LONGEST_CHOSEN_CONTEXT = 1024
@@ -92,9 +93,12 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None) -> Store:
         refuse_occupied(cfg.out)
     # before the model loads, so that a missing source is said at once
     docs = documents(cfg.text, column=cfg.column, separator=cfg.separator, part="train", held_out=cfg.held_out)
+    shape = load_shape(cfg.model, cfg.revision) if lm is None else lm.shape
+    sites = _sites(cfg.sites, shape)
+    if not cfg.resume:  # before gigabytes of weights are downloaded
+        refuse_small_disk(cfg.out, cfg.tokens * row_bytes({str(site): shape.width(site) for site in sites}))
     if lm is None:
         lm = LanguageModel.load(cfg.model, device=cfg.device, dtype=cfg.dtype, revision=cfg.revision)
-    sites = _sites(cfg.sites, lm)
     context = _context(cfg.context, lm)
     rows = _peeked(pack(lm, docs, context))
     with _writer(cfg, lm, sites, context) as writer:
@@ -155,10 +159,10 @@ def _source(cfg: CollectConfig, lm: LanguageModel) -> dict[str, Any]:
     return {**settings, "part": "train", "lm_dtype": str(lm.dtype).removeprefix("torch.")}
 
 
-def _sites(names: Iterable[str], lm: LanguageModel) -> list[Site]:
+def _sites(names: Iterable[str], shape: ModelShape) -> list[Site]:
     sites = [Site.parse(name) for name in names]
     for site in sites:
-        lm.check(site)
+        shape.check(site)
         if sites.count(site) > 1:
             raise ConfigError(f"{site} is named more than once among the sites {', '.join(names)}.")
     return sites
@@ -167,7 +171,7 @@ def _sites(names: Iterable[str], lm: LanguageModel) -> list[Site]:
 def _context(wanted: int | None, lm: LanguageModel) -> int:
     if wanted is not None:
         return wanted
-    chosen = min(lm.context, LONGEST_CHOSEN_CONTEXT)
+    chosen = min(lm.shape.context, LONGEST_CHOSEN_CONTEXT)
     log.info("context: %s tokens (chosen; set context to change it)", chosen)
     return chosen
 

@@ -3,8 +3,10 @@
 from mistudio.lm.editing import Edit, Edits
 from mistudio.lm.families import FAMILIES, Family
 from mistudio.lm.generate import Generation
+from mistudio.lm.load import load_shape
 from mistudio.lm.model import LanguageModel, Readout
 from mistudio.lm.pack import TokenRow, pack, token_spans
+from mistudio.lm.shape import ModelShape
 from mistudio.lm.site import KINDS, Site
 from mistudio.lm.text import Document, Span, documents, is_held_out
 
@@ -17,12 +19,14 @@ __all__ = [
     "Family",
     "Generation",
     "LanguageModel",
+    "ModelShape",
     "Readout",
     "Site",
     "Span",
     "TokenRow",
     "documents",
     "is_held_out",
+    "load_shape",
     "pack",
     "token_spans",
 ]

@@ -13,6 +13,7 @@ import torch
 
 from mistudio.errors import ModelError
 from mistudio.lm.families import family_of
+from mistudio.lm.shape import ModelShape, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +60,17 @@ def _quiet_bar() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def load_shape(name: str, revision: str | None) -> ModelShape:
+    """The sizes of the model of that name, from its configuration alone: a few kilobytes are read, or downloaded."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(DEMO) if name == "demo" else name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(explain(name, error)) from error
+    return shape_of(name, config)
 
 
 def attention_for(config: Any) -> str | None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mistudio.errors import ModelError
 from mistudio.lm.editing import Edit, Edits, attach, edited
-from mistudio.lm.families import Side, family_of
+from mistudio.lm.families import Side
 from mistudio.lm.generate import Generation, check_request, new_tokens
 from mistudio.lm.load import attention_for, load_model
-from mistudio.lm.site import KINDS, Site
+from mistudio.lm.shape import shape_of
+from mistudio.lm.site import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,17 +48,10 @@ class LanguageModel:
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, name: str):
         """Around a loaded model, which is put into evaluation mode. ModelError: unknown family, or they do not fit."""
-        config = model.config.get_text_config()
         self.name = name
-        self.family = family_of(model.config.model_type)
+        self.shape = shape_of(name, model.config)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.n_layers: int = config.num_hidden_layers
-        self.d_model: int = config.hidden_size
-        self.context: int = config.max_position_embeddings
-        self._head_width = config.num_attention_heads * (
-            config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-        )
         self._check_parts()
         self.bos_id, self.eos_id, self.pad_id = _special_ids(tokenizer, name)
         self.special_ids = frozenset({self.bos_id, self.eos_id, self.pad_id})
@@ -89,16 +83,11 @@ class LanguageModel:
 
     def width(self, site: Site) -> int:
         """The width W of the activations at `site`: d_model, or n_heads·head_dim for attn_z."""
-        self.check(site)
-        return self._head_width if site.kind == "attn_z" else self.d_model
+        return self.shape.width(site)
 
     def check(self, site: Site) -> None:
         """ModelError, with the valid layers and kinds: the model has no such site."""
-        if site.layer >= self.n_layers or site.kind not in self.family.sites:
-            raise ModelError(
-                f"{self.name} has no site {site}: its layers are 0 to {self.n_layers - 1}, "
-                f"and the kinds are {', '.join(kind for kind in KINDS if kind in self.family.sites)}."
-            )
+        self.shape.check(site)
 
     def is_special(self, tokens: Int[Tensor, "N T"]) -> Bool[Tensor, "N T"]:
         """True where a token is BOS, EOS or PAD: positions that no SAE is trained, measured or spliced on."""
@@ -177,7 +166,7 @@ class LanguageModel:
         tokens = self.to_tokens(prompt)
         check_request(
             len(tokens),
-            self.context,
+            self.shape.context,
             max_new_tokens=max_new_tokens,
             samples=samples,
             temperature=temperature,
@@ -217,15 +206,15 @@ class LanguageModel:
             raise ModelError(
                 f"Tokens must be rows [N, T] with at least one token; found the shape {list(tokens.shape)}."
             )
-        if tokens.shape[1] > self.context:
+        if tokens.shape[1] > self.shape.context:
             raise ModelError(
-                f"Rows of {tokens.shape[1]} tokens exceed the context of {self.name}, which is {self.context}."
+                f"Rows of {tokens.shape[1]} tokens exceed the context of {self.name}, which is {self.shape.context}."
             )
         return tokens.to(self.device, torch.long)
 
     def _point(self, site: Site) -> tuple[nn.Module, Side]:
         self.check(site)
-        path, side = self.family.locate(site)
+        path, side = self.shape.family.locate(site)
         return self.model.get_submodule(path), side
 
     def _check_parts(self) -> None:

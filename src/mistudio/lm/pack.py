@@ -35,8 +35,8 @@ class TokenRow:
 
 def pack(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterator[TokenRow]:
     """Rows of `context` tokens. ModelError: the context is too long for the model; TextError: too little text."""
-    if not 2 <= context <= lm.context:
-        raise ModelError(f"The context must be 2 to {lm.context} tokens for {lm.name}; found {context}.")
+    if not 2 <= context <= lm.shape.context:
+        raise ModelError(f"The context must be 2 to {lm.shape.context} tokens for {lm.name}; found {context}.")
     return _rows(lm, docs, context)
 
 

@@ -6,6 +6,7 @@ one that never stopped.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,6 +19,11 @@ from mistudio.store.order import bucket_count, check_seed
 FORMAT: Final = "mistudio-store"
 VERSION: Final = 1
 T = TypeVar("T")
+
+
+def row_bytes(widths: Mapping[str, int]) -> int:
+    """Bytes that one row takes over all sites: 4 a number, and 12 for where it comes from."""
+    return 4 * sum(widths.values()) + 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +66,8 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one row takes over all sites: 4 a number, and 12 for where it comes from."""
-        return 4 * sum(self.widths.values()) + 12
+        """`row_bytes` of its sites."""
+        return row_bytes(self.widths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ class StoreWriter:
             return cls(path, plan, lock, cursor=manifest.token_rows, sizes=manifest.bucket_sizes, complete=True)
         progress = read_progress(path)
         refuse_difference(path, progress.plan, plan)
-        _refuse_small_disk(path, plan.row_bytes * max(plan.expected_rows - progress.rows, 0))
+        refuse_small_disk(path, plan.row_bytes * max(plan.expected_rows - progress.rows, 0))
         writer = cls(path, plan, lock, cursor=progress.cursor, sizes=progress.bucket_sizes, complete=False)
         writer._sums = _read_sums(path / progress.statistics, plan.widths)
         writer._cut_back()
@@ -125,7 +125,7 @@ class StoreWriter:
     @classmethod
     def _start(cls, path: Path, plan: Plan) -> "StoreWriter":
         refuse_occupied(path)
-        _refuse_small_disk(path, plan.row_bytes * plan.expected_rows)
+        refuse_small_disk(path, plan.row_bytes * plan.expected_rows)
         path.mkdir(parents=True, exist_ok=True)
         writer = cls(path, plan, _lock(path), cursor=0, sizes=(0,) * plan.n_buckets, complete=False)
         writer.checkpoint(0)  # before anything else is there, so that a kill from here on can be resumed
@@ -325,7 +325,8 @@ def _plan(
     )
 
 
-def _refuse_small_disk(path: Path, needed: int) -> None:
+def refuse_small_disk(path: Path, needed: int) -> None:
+    """Nothing. StoreError: fewer than `needed` bytes are free where `path` is, or will be."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -60,7 +60,7 @@ def held_out_rows(lm: LanguageModel, config: Config) -> Tensor:
     held_out = documents(
         config.text, column=config.column, separator=config.separator, part="held_out", held_out=config.held_out
     )
-    packed = [row.tokens for row in islice(pack(lm, held_out, min(config.context, lm.context)), config.rows)]
+    packed = [row.tokens for row in islice(pack(lm, held_out, min(config.context, lm.shape.context)), config.rows)]
     if not packed:
         raise TextError(f"The held-out part of {config.text} does not fill one row of {config.context} tokens.")
     return torch.from_numpy(np.stack(packed)).long()

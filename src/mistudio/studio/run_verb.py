@@ -151,8 +151,11 @@ def show(result: Result) -> RenderableType:
         parts.append(concepts_verb.show(result.concepts))
     if result.steering:
         parts.append(topic_steering.show(result.steering))
-    sae = f"{result.workspace}/saes/{result.evaluations[0].site}"
+    folder = sae_folder(Path(result.workspace), result.evaluations[0].site)
+    parts.append(f"Everything is in {result.workspace}. Go on with its SAEs, for instance:")
+    feature = result.steering.feature if result.steering else 0
+    strength = result.steering.strength if result.steering else 10.0
     parts.append(
-        f'Everything is in {result.workspace}. Go on: mistudio steer "Once upon a time" --sae {sae} --feature …'
+        f'  mistudio steer "Once upon a time" --sae {folder} --feature {feature} --strength {strength:.3g} --samples 3'
     )
     return Group(*parts)

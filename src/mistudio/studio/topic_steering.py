@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mistudio.errors import TextError
 from mistudio.features import Match
+from mistudio.lm import Edit
 from mistudio.lm.stories import word_labels
 from mistudio.progress import progress_bar
-from mistudio.steer import compare, random_controls
+from mistudio.sae import JumpReLUSAE
+from mistudio.steer import Features, compare, random_controls, steering_vector
 from mistudio.studio.recipe import SteerStage
 from mistudio.studio.steer_verb import side_by_side
 from mistudio.studio.workspace import feature_stats, load_sae
@@ -68,21 +71,29 @@ def run(folder: Path, matches: Sequence[Match], stage: SteerStage) -> TopicSteer
     strength = stage.strength_of_max * float(stats.max[match.feature])
     wanted = ((match.feature, strength),)
     controls = random_controls(sae, stats.density, wanted, n=stage.samples, seed=stage.seed)
-
-    def stories(features: tuple[tuple[int, float], ...], samples: int, seed: int):
-        return compare(
-            lm, sae, stage.prompt, features, site=site, samples=samples, seed=seed,
-            max_new_tokens=stage.max_new_tokens, temperature=stage.temperature,
-        )  # fmt: skip
-
-    with progress_bar("steer", 1 + stage.samples, "batches") as bar:
-        arms = stories(wanted, stage.samples, stage.seed)
+    with progress_bar("steer", 3, "arms of stories") as bar:
+        arms = compare(
+            lm,
+            sae,
+            stage.prompt,
+            wanted,
+            site=site,
+            max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature,
+            seed=stage.seed,
+            samples=stage.samples,
+        )
+        bar.advance(2)
+        with lm.editing({site: one_control_a_row(sae, controls)}):
+            random = lm.generate(
+                stage.prompt,
+                max_new_tokens=stage.max_new_tokens,
+                samples=stage.samples,
+                temperature=stage.temperature,
+                seed=stage.seed,
+            )
         bar.advance()
-        random: list[str] = []
-        for n, control in enumerate(controls):
-            random.append(stories(control, 1, stage.seed + n).steered[0].text)
-            bar.advance()
-    unsteered, steered = [g.text for g in arms.unsteered], [g.text for g in arms.steered]
+    unsteered, steered, controlled = ([g.text for g in arm] for arm in (arms.unsteered, arms.steered, random))
     return TopicSteering(
         topic=topic,
         feature=match.feature,
@@ -93,11 +104,17 @@ def run(folder: Path, matches: Sequence[Match], stage: SteerStage) -> TopicSteer
         prompt=stage.prompt,
         share_unsteered=topic_share(unsteered, topic),
         share_steered=topic_share(steered, topic),
-        share_random=topic_share(random, topic),
+        share_random=topic_share(controlled, topic),
         unsteered=unsteered,
         steered=steered,
-        random=random,
+        random=controlled,
     )
+
+
+def one_control_a_row(sae: JumpReLUSAE, controls: Sequence[Features]) -> Edit:
+    """An edit that steers row i of the batch by `controls[i]`."""
+    vectors = torch.stack([steering_vector(sae, control) for control in controls])[:, None]  # [N, 1, D]
+    return lambda h: h + vectors.to(h)
 
 
 def topic_share(texts: Sequence[str], topic: str) -> float:

@@ -15,7 +15,7 @@ from mistudio.files import write_json
 from mistudio.lm import Site
 from mistudio.sae import SAEConfig
 from mistudio.store import Store
-from mistudio.train import TrainConfig, initial_sae, train
+from mistudio.train import TrainConfig, initial_sae, plot_training, train
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {"quick": recipes.quick, "gemma_scope": recipes.gemma_scope}
 
@@ -90,6 +90,7 @@ def run(config: Config) -> Result:
     mean = (store.mean(config.site) / store.scale(config.site)).float()
     sae = initial_sae(sae_config, config.train)
     outcome = train(sae, feed, config.train, folder=config.out, resume=config.resume, mean=mean)
+    plot_training(outcome.history, config.train, config.out / "training.png")
     differences = recipes.differences(config.train)
     write_json(config.out / "differences_from_gemma_scope.json", to_dict(differences))
     return Result(

@@ -3,7 +3,7 @@
 WORKSPACE/store/                 activations (mistudio.store)
 WORKSPACE/saes/layers.3.resid_post/
     sae.json sae.safetensors     the SAE in raw units
-    run.json metrics.jsonl …     the records of its training, and the last checkpoints
+    run.json metrics.jsonl training.png …   the records of its training, and the last checkpoints
     evaluation.json feature_stats.safetensors activation_frequency.png
     concepts.json                features matched to labelled concepts
 WORKSPACE/steering.json  WORKSPACE/summary.json

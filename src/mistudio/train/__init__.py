@@ -2,5 +2,6 @@
 
 from mistudio.train.config import TrainConfig
 from mistudio.train.loop import Interrupted, Resumable, Run, initial_sae, train
+from mistudio.train.plots import plot_training
 
-__all__ = ["Interrupted", "Resumable", "Run", "TrainConfig", "initial_sae", "train"]
+__all__ = ["Interrupted", "Resumable", "Run", "TrainConfig", "initial_sae", "plot_training", "train"]
