@@ -16,7 +16,7 @@ from mistudio.steer import compare
 from mistudio.train import initial_sae, train
 
 folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
-site = "layers.3.resid_post"
+site = "layers.2.resid_post"
 
 lm = LanguageModel.load("demo")
 store = collect(CollectConfig(sites=(site,), tokens=tokens, out=folder / "store", context=256), lm)

@@ -79,6 +79,13 @@ def test_questions_and_sentences_end_with_their_marks():
         assert all(question.endswith("?") for question in questions)
 
 
+def test_grammar_is_labelled_word_by_word():
+    for document in SAMPLE[:200]:
+        assert set(labelled(document, "because")) <= {"because", "Because"}
+        assert len(labelled(document, "question mark")) == document.text.count("?")
+        assert labelled(document, "opening formula") == ["Once upon a time"] * document.text.startswith("Once upon")
+
+
 def test_what_is_given_and_what_is_left_add_up():
     numbers = {word: n for n, word in enumerate(world().words["numbers"], start=2)}
     teller = tell.Teller(random.Random(0), next(iter(world().topics.values())))

@@ -1,7 +1,7 @@
 """The command line: `mistudio VERB …`, a skin over the table of verbs.
 
-Results go to standard output, progress and warnings to standard error. Exit codes: 0 done, 2 a mistake that the
-message says how to put right, 130 interrupted.
+Results go to standard output, progress and warnings to standard error. Exit codes: 0 done, 1 done in part (a set of
+downloads with failures), 2 a mistake that the message says how to put right, 130 interrupted.
 """
 
 import argparse
@@ -46,11 +46,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"mistudio {__version__}")
         return
-    name, *rest = arguments
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"There is no verb {name!r}.{hint} The verbs are {', '.join(VERBS)}.")
+    name, rest = _verb_name(arguments)
     verb = load_verb(name)
     config, as_json = parse(verb, rest)
     result = verb.run(config)
@@ -59,6 +55,20 @@ def _run(arguments: list[str]) -> None:
     else:
         width = None if sys.stdout.isatty() else PIPED_WIDTH
         Console(width=width).print(verb.show(result), highlight=False)
+    if verb.failed and verb.failed(result):
+        sys.exit(1)
+
+
+def _verb_name(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and what comes after it. ConfigError: there is none of that name."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in VERBS:
+            return name, arguments[words:]
+    group = [verb for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
+    typed = " ".join(arguments[:2]) if group and len(arguments) > 1 else arguments[0]
+    near = difflib.get_close_matches(typed, group or VERBS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"There is no verb {typed!r}.{hint} The verbs are {', '.join(group or VERBS)}.")
 
 
 def _log_to_stderr() -> None:
@@ -71,7 +81,7 @@ def _log_to_stderr() -> None:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<10} {help}" for name, help in VERBS.items())
+    verbs = "\n".join(f"  {name:<14} {help}" for name, help in VERBS.items())
     return (
         f"mistudio {__version__}: sparse autoencoders for language models, from activations to steering\n\n"
         f"usage: mistudio VERB [flags]\n\n{verbs}\n\n"

@@ -7,6 +7,7 @@
     ├── EditError       an edit of the forward pass raised, or never fired
     ├── StoreError      an activation store is missing, unfinished, damaged or holds non-finite rows
     ├── SAEError        an SAE's files, shapes or units
+    ├── HubError        a released SAE: its name, its download, its file
     └── TrainError      a training run cannot start, go on or be resumed
 
 A message says what was found, what was expected, and what to type.
@@ -43,3 +44,7 @@ class SAEError(MistudioError):
 
 class TrainError(MistudioError):
     """A training run cannot start, go on or be resumed."""
+
+
+class HubError(MistudioError):
+    """A released SAE cannot be named, fetched or trusted: no such name, no access, or not the file it should be."""

@@ -21,7 +21,7 @@ from mistudio.evaluate.report import DENSE_ABOVE, EvalReport, FeatureStats
 from mistudio.lm import LanguageModel, Site
 from mistudio.metrics import FeatureSums, LossSums, ReconstructionSums
 from mistudio.progress import progress_bar
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE
 
 FEATURE_VALUES_AT_ONCE = 2**24
 """Rows are encoded in pieces of at most this many feature values (64 MiB of float32)."""
@@ -29,7 +29,7 @@ FEATURE_VALUES_AT_ONCE = 2**24
 
 @torch.no_grad()
 def evaluate(
-    lm: LanguageModel, sae: JumpReLUSAE, site: Site, rows: Int[Tensor, "N T"], *, batch_rows: int = 16
+    lm: LanguageModel, sae: SAE, site: Site, rows: Int[Tensor, "N T"], *, batch_rows: int = 16
 ) -> tuple[EvalReport, FeatureStats]:
     """The numbers of `sae` at `site` on rows of held-out tokens, and those of each of its features.
 
@@ -61,7 +61,7 @@ def evaluate(
     return report, FeatureStats.of(features)
 
 
-def _check(lm: LanguageModel, sae: JumpReLUSAE, site: Site, rows: Tensor, batch_rows: int) -> None:
+def _check(lm: LanguageModel, sae: SAE, site: Site, rows: Tensor, batch_rows: int) -> None:
     lm.check(site)
     if batch_rows < 1:
         raise ConfigError(f"batch_rows is {batch_rows}; it must be at least 1.")
@@ -109,7 +109,7 @@ def _read(
     return seen[0], losses
 
 
-def _reconstruct(sae: JumpReLUSAE, x: Float[Tensor, "B W"]) -> tuple[Float[Tensor, "B W"], FeatureSums]:
+def _reconstruct(sae: SAE, x: Float[Tensor, "B W"]) -> tuple[Float[Tensor, "B W"], FeatureSums]:
     """The reconstruction in float32, and the sums over its features, a few rows at a time."""
     sums, parts = FeatureSums.empty(sae.config.d_sae), []
     for part in x.to(sae.W_enc.device, torch.float32).split(max(1, FEATURE_VALUES_AT_ONCE // sae.config.d_sae)):

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mistudio.errors import TextError
-from mistudio.lm import Document, LanguageModel, Site
+from mistudio.lm import Document, LanguageModel, Site, token_spans
 from mistudio.progress import progress_bar
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE
 
 THRESHOLD_SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
 TOP_TOKENS = 6
@@ -68,27 +68,26 @@ def label_tokens(lm: LanguageModel, documents: Iterable[Document], context: int)
     tokens = torch.full((len(documents), context), lm.pad_id, dtype=torch.long)
     labels = torch.zeros(len(documents), context, len(concepts), dtype=torch.bool)
     for n, document in enumerate(documents):
-        ids, offsets = _ids_and_offsets(lm, document.text, context)
+        ids = lm.to_tokens(document.text)[:context]
         tokens[n, : len(ids)] = torch.tensor(ids)
-        starts, ends = torch.tensor(offsets).T  # [T]
+        starts, ends = torch.tensor(_word_spans(lm, document.text)[:context]).T  # [T]
         for span in document.labels:
             labels[n, : len(ids), index[span.name]] |= (starts < span.end) & (ends > span.start)
     return LabelledTokens(tokens=tokens, labels=labels, concepts=concepts)
 
 
-def _ids_and_offsets(lm: LanguageModel, text: str, context: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids with one BOS in front, and each token's characters without leading space; BOS overlaps nothing."""
-    encoding = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = [(0, 0)]
-    for start, end in encoding["offset_mapping"]:
+def _word_spans(lm: LanguageModel, text: str) -> list[tuple[int, int]]:
+    """Each token's characters without leading space; BOS, in front, has none and overlaps nothing."""
+    spans = [(0, 0)]
+    for start, end in token_spans(lm, text):
         piece = text[start:end]
-        offsets.append((start + len(piece) - len(piece.lstrip()), end))
-    return [lm.bos_id, *encoding["input_ids"]][:context], offsets[:context]
+        spans.append((start + len(piece) - len(piece.lstrip()), end))
+    return spans
 
 
 def match_concepts(
     lm: LanguageModel,
-    sae: JumpReLUSAE,
+    sae: SAE,
     site: Site,
     labelled: LabelledTokens,
     feature_max: Float[Tensor, " F"],
@@ -121,7 +120,7 @@ def match_concepts(
 
 
 def _encoded(
-    lm: LanguageModel, sae: JumpReLUSAE, site: Site, labelled: LabelledTokens, rows: Sequence[int], batch_rows: int
+    lm: LanguageModel, sae: SAE, site: Site, labelled: LabelledTokens, rows: Sequence[int], batch_rows: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Activations [n, F], labels [n, K] and ids [n] of the ordinary tokens, a batch of documents at a time."""
     for first in range(rows[0], rows[-1] + 1, batch_rows):

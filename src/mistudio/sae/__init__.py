@@ -1,6 +1,41 @@
-"""JumpReLU sparse autoencoders: the mathematics, the weights, and the files that hold them."""
+"""Sparse autoencoders: one contract, six architectures, their mathematics, weights and files. JumpReLU is the trained
+one."""
 
+from mistudio.sae.base import SAE, SAEConfig
+from mistudio.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from mistudio.sae.gated import GatedConfig, GatedSAE
 from mistudio.sae.jumprelu import jumprelu, step
-from mistudio.sae.model import JumpReLUSAE, SAEConfig, initial_weights
+from mistudio.sae.model import JumpReLUSAE, initial_weights
+from mistudio.sae.relu import ReLUConfig, ReLUSAE
+from mistudio.sae.topk import TopKConfig, TopKSAE
+from mistudio.sae.transcoder import Transcoder, TranscoderConfig
 
-__all__ = ["JumpReLUSAE", "SAEConfig", "initial_weights", "jumprelu", "step"]
+ARCHITECTURES: dict[str, type[SAE]] = {
+    "jumprelu": JumpReLUSAE,
+    "relu": ReLUSAE,
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "gated": GatedSAE,
+    "transcoder": Transcoder,
+}
+"""Every architecture by the name that files give it; each is made by `cls(config, weights)`, config a `cls.Config`."""
+
+__all__ = [
+    "ARCHITECTURES",
+    "SAE",
+    "BatchTopKConfig",
+    "BatchTopKSAE",
+    "GatedConfig",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "ReLUConfig",
+    "ReLUSAE",
+    "SAEConfig",
+    "TopKConfig",
+    "TopKSAE",
+    "Transcoder",
+    "TranscoderConfig",
+    "initial_weights",
+    "jumprelu",
+    "step",
+]

@@ -9,7 +9,6 @@ has one meaning. The weights of a run that is still training are in its checkpoi
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,42 +20,10 @@ from torch import Tensor, nn
 from mistudio.config import from_dict, to_dict
 from mistudio.errors import ConfigError, SAEError
 from mistudio.files import read_json, write_json, write_tensors
+from mistudio.sae.base import SAE, SAEConfig, check_weights
 
 FORMAT, VERSION = "mistudio-sae", 1
 UNIT_ROW_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """The sizes of an SAE, where in a model it belongs, and the units and parametrisation of its weights."""
-
-    d_model: int
-    """Width D of the activations it reads (for attn_z: heads times head size)."""
-    d_sae: int
-    """Number of features F."""
-    hook_name: str | None = None
-    """The site it was trained on, such as layers.20.resid_post."""
-    hook_layer: int | None = None
-    """The site's layer, counted from 0."""
-    model: str | None = None
-    """The language model's name."""
-    pre_encoder_bias: bool = False
-    """The encoder reads x - b_dec (training form)."""
-    log_threshold: bool = False
-    """The parameter theta is the logarithm of the threshold (training form)."""
-    scale: float | None = None
-    """C, where the weights read normalised rows x/C (training form); None where they read raw activations."""
-
-    def __post_init__(self) -> None:
-        if self.d_model < 1 or self.d_sae < 1:
-            raise ConfigError(f"d_model and d_sae must be at least 1, not {self.d_model} and {self.d_sae}")
-        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise ConfigError(f"scale must be a positive number or None, not {self.scale}")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter."""
-        d, f = self.d_model, self.d_sae
-        return {"W_enc": (d, f), "b_enc": (f,), "theta": (f,), "W_dec": (f, d), "b_dec": (d,)}
 
 
 def initial_weights(config: SAEConfig, *, seed: int = 0, threshold: float = 0.001) -> dict[str, Tensor]:
@@ -77,7 +44,7 @@ def initial_weights(config: SAEConfig, *, seed: int = 0, threshold: float = 0.00
     }
 
 
-class JumpReLUSAE(nn.Module):
+class JumpReLUSAE(SAE):
     """A JumpReLU SAE; calling it gives (x̂, f).
 
     Parameters: W_enc [D, F], b_enc [F], theta [F] (threshold or its logarithm), W_dec [F, D], b_dec [D].
@@ -86,11 +53,13 @@ class JumpReLUSAE(nn.Module):
     theta here, since its pseudo-derivative belongs to a loss (`mistudio.train.loss`).
     """
 
+    Config = SAEConfig
+
     def __init__(self, config: SAEConfig, weights: Mapping[str, Tensor] | None = None):
         """`weights`: the five tensors, by name; None: `initial_weights(config)`. SAEError: a name or shape is wrong."""
         super().__init__()
         weights = initial_weights(config) if weights is None else weights
-        _check_shapes(config, weights)
+        check_weights(config, weights)
         self.config = config
         self.W_enc = nn.Parameter(weights["W_enc"])
         self.b_enc = nn.Parameter(weights["b_enc"])
@@ -102,11 +71,6 @@ class JumpReLUSAE(nn.Module):
     def threshold(self) -> Float[Tensor, " F"]:
         """θ, in the units of the pre-activations."""
         return self.theta.exp() if self.config.log_threshold else self.theta
-
-    @property
-    def folded(self) -> bool:
-        """Whether this is the released form: raw units, no pre-encoder bias, raw threshold."""
-        return self.config.scale is None and not self.config.pre_encoder_bias and not self.config.log_threshold
 
     def encoder_bias(self) -> Float[Tensor, " F"]:
         """What is added to x·W_enc: b_enc, or b_enc - b_dec·W_enc where the SAE has a pre-encoder bias.
@@ -133,12 +97,6 @@ class JumpReLUSAE(nn.Module):
         """(x̂, f)."""
         f = self.encode(x)
         return self.decode(f).to(x.dtype), f
-
-    def feature(self, i: int) -> Float[Tensor, " D"]:
-        """The decoder row of feature i: the direction it writes. SAEError: there is no such feature."""
-        if not 0 <= i < self.config.d_sae:
-            raise SAEError(f"There is no feature {i}; this SAE has features 0 to {self.config.d_sae - 1}.")
-        return self.W_dec[i]
 
     @torch.no_grad()
     def fold(self) -> "JumpReLUSAE":
@@ -186,28 +144,21 @@ class JumpReLUSAE(nn.Module):
 _FILE_NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "theta": "threshold", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 
-def _check_shapes(config: SAEConfig, weights: Mapping[str, Tensor]) -> None:
-    expected = config.shapes()
-    if set(weights) != set(expected):
-        raise SAEError(f"An SAE has the weights {', '.join(expected)}; found {', '.join(sorted(weights))}.")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise SAEError(
-                f"{name} has shape {list(weights[name].shape)}; d_model {config.d_model} and d_sae {config.d_sae} "
-                f"want {list(shape)}."
-            )
-
-
 def _read_config(folder: Path) -> SAEConfig:
     path = folder / "sae.json"
     if not path.is_file():
         raise SAEError(f"{folder} holds no SAE: there is no {path.name}.")
     try:
         data = read_json(path)
-        if not isinstance(data, dict) or set(data) != {"format", "version", "config"} or data["format"] != FORMAT:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise SAEError(f"{path} is not an SAE of mistudio (format {FORMAT!r}).")
-        if data["version"] != VERSION:
-            raise SAEError(f"{path} has version {data['version']}; this mistudio reads version {VERSION}.")
+        if data.get("version") != VERSION:
+            raise SAEError(
+                f"{path} has version {data.get('version')}; JumpReLU SAEs have version {VERSION}. Other architectures "
+                "are read by mistudio.hub.formats.load_any."
+            )
+        if set(data) != {"format", "version", "config"}:
+            raise SAEError(f"{path} is not an SAE of mistudio (format {FORMAT!r}): it holds {', '.join(data)}.")
         config = from_dict(SAEConfig, data["config"], source=str(path))
     except ConfigError as error:
         raise SAEError(str(error)) from error

@@ -6,7 +6,7 @@ import torch
 
 from mistudio.errors import ConfigError, SAEError
 from mistudio.lm import Generation, LanguageModel, Site
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE
 from mistudio.steer.methods import Features, steering_edit, steering_vector
 
 
@@ -42,7 +42,7 @@ class Comparison:
 
 def compare(
     lm: LanguageModel,
-    sae: JumpReLUSAE,
+    sae: SAE,
     prompt: str,
     features: Features,
     *,
@@ -89,13 +89,13 @@ def compare(
     )
 
 
-def _site_of(sae: JumpReLUSAE) -> Site:
+def _site_of(sae: SAE) -> Site:
     if sae.config.hook_name is None:
         raise SAEError("This SAE does not say where in the model it belongs; give `site`, such as layers.3.resid_post.")
     return Site.parse(sae.config.hook_name)
 
 
-def _check(lm: LanguageModel, sae: JumpReLUSAE, site: Site, temperature: float, samples: int) -> None:
+def _check(lm: LanguageModel, sae: SAE, site: Site, temperature: float, samples: int) -> None:
     lm.check(site)
     if sae.config.d_model != lm.width(site):
         raise SAEError(

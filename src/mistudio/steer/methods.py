@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mistudio.errors import ConfigError, SAEError
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE
 
 Features = tuple[tuple[int, float], ...]
 """Pairs of a feature's index and its strength."""
@@ -40,7 +40,7 @@ class Steering:
                 raise ConfigError(f"The strength of feature {index} is {strength}; it must be a finite number.")
 
 
-def steering_vector(sae: JumpReLUSAE, features: Features) -> Float[Tensor, " D"]:
+def steering_vector(sae: SAE, features: Features) -> Float[Tensor, " D"]:
     """Σ c_i · W_dec[i] in the SAE's dtype: what is added to every position.
 
     ConfigError: no features, a negative index, a strength that is not finite. SAEError: an index the SAE does not have.
@@ -53,7 +53,7 @@ def steering_vector(sae: JumpReLUSAE, features: Features) -> Float[Tensor, " D"]
     return strengths @ sae.W_dec.detach()[indices]
 
 
-def steering_edit(sae: JumpReLUSAE, features: Features) -> Callable[[Float[Tensor, "N T D"]], Float[Tensor, "N T D"]]:
+def steering_edit(sae: SAE, features: Features) -> Callable[[Float[Tensor, "N T D"]], Float[Tensor, "N T D"]]:
     """A function for `lm.editing({site: …})` that adds the steering vector, in h's dtype, at all positions.
 
     Errors as `steering_vector`; SAEError, when it runs: h has another width than the SAE.
@@ -68,9 +68,7 @@ def steering_edit(sae: JumpReLUSAE, features: Features) -> Callable[[Float[Tenso
     return add
 
 
-def random_controls(
-    sae: JumpReLUSAE, density: Float[Tensor, " F"], features: Features, *, n: int, seed: int
-) -> list[Features]:
+def random_controls(sae: SAE, density: Float[Tensor, " F"], features: Features, *, n: int, seed: int) -> list[Features]:
     """`n` steerings by random live features of equal strength: what *any* push of that length does.
 
     Each feature of `features` is replaced by one that fires (`density` > 0), drawn without replacement and never one of

@@ -25,6 +25,8 @@ class Verb:
     """The result as a person reads it."""
     default: Callable[[str], Any] | None
     """For verbs with `--recipe NAME`: the settings that the flags start from."""
+    failed: Callable[[Any], bool] | None
+    """For verbs that go on after failures: whether the result holds any, which makes the exit code 1."""
 
 
 VERBS: dict[str, str] = {
@@ -35,17 +37,22 @@ VERBS: dict[str, str] = {
     "eval": "L0, FVU, delta loss and feature statistics of an SAE on held-out text",
     "concepts": "which features match the labelled concepts of the demo stories",
     "steer": "text written with features added to the model, beside text without",
+    "sae find": "the released Gemma Scope SAEs, filtered by model, layer, site, width and L0",
+    "sae download": "released SAEs by any name they go by, verified",
+    "sae verify": "whether a weights file is whole, sound, and the SAE it is taken for",
+    "sae index": "what the index of released SAEs holds, and how the hub differs",
 }
 """Verb → what it does, in the order of a pipeline."""
 
 
 def load_verb(name: str) -> Verb:
     """The verb of that name, its module imported now. `name` is a key of `VERBS`."""
-    module = import_module(f"mistudio.studio.{name}_verb")
+    module = import_module(f"mistudio.studio.{name.replace(' ', '_').replace('-', '_')}_verb")
     return Verb(
         name=name,
         config=module.Config,
         run=module.run,
         show=module.show,
         default=vars(module).get("recipe_default"),
+        failed=vars(module).get("failed"),
     )

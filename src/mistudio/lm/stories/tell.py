@@ -1,8 +1,8 @@
 """Stories of the little world: seeded, unbounded, and labelled to the letter.
 
 `stories(seed)` yields documents for ever. Story n of a seed depends on (seed, n) alone. Its labels are character
-spans: the topic over the whole story, the tense, direct speech, questions, sentence ends, and the class and topic of
-every word in the lexicon, so that a feature's meaning can be scored against the truth.
+spans: the topic over the whole story, the tense, direct speech, questions, sentence ends, some words of grammar, and
+the class and topic of every word in the lexicon, so that a feature's meaning can be scored against the truth.
 """
 
 import random
@@ -22,6 +22,14 @@ PRESENT_SHARE = 0.2
 CHILD_SHARE = 0.6
 SECOND_PLOT_SHARE = 0.35
 INTERLUDE_SHARE = 0.3
+FORMULA = "Once upon a time"
+GRAMMAR = {
+    "because": ("because",),
+    "negation": ("not", "no", "never", "nobody", "cannot", "none"),
+    "he or she": ("he", "she"),
+    "possessive": ("his", "her", "my", "your", "their"),
+}
+"""Labels of plain words, all forms lower case. (`her` is also what `him` is for girls; it counts as possessive.)"""
 
 
 def stories(seed: int = 0) -> Iterator[Document]:
@@ -153,6 +161,11 @@ def _labels(text: str, topic: str, present_tense: bool) -> Iterator[Span]:
         word = match[0] if match[0] in lexicon else match[0].lower()
         for label in lexicon.get(word, ()):
             yield Span(match.start(), match.end(), label)
+        for label, words in GRAMMAR.items():
+            if match[0].lower() in words:
+                yield Span(match.start(), match.end(), label)
+    if text.startswith(FORMULA):
+        yield Span(0, len(FORMULA), "opening formula")
     yield from _speech(text)
     for match in SENTENCE.finditer(text):
         start = match.start() + (len(match[0]) - len(match[0].lstrip()))
@@ -161,6 +174,7 @@ def _labels(text: str, topic: str, present_tense: bool) -> Iterator[Span]:
         yield Span(mark, mark + 1, "end of a sentence")
         if text[mark] == "?":
             yield Span(start, mark + 1, "inside a question")
+            yield Span(mark, mark + 1, "question mark")
 
 
 def _speech(text: str) -> Iterator[Span]:
