@@ -1,16 +1,12 @@
-"""The whole pipeline in a few lines of Python, on the bundled model. Arguments: a folder, and how many tokens to collect."""
+"""The whole pipeline in a few lines of Python, on the bundled model. Arguments: a folder, the tokens to collect."""
 
 import sys
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from mistudio import recipes
 from mistudio.collect import CollectConfig, collect
 from mistudio.evaluate import evaluate
-from mistudio.lm import LanguageModel, Site, documents, pack
+from mistudio.lm import LanguageModel, Site, documents, token_rows
 from mistudio.sae import SAEConfig
 from mistudio.steer import compare
 from mistudio.train import initial_sae, train
@@ -27,8 +23,7 @@ run = train(initial_sae(start, recipe), store.feed(site, recipe.batch_rows, seed
 sae = run.sae.fold()  # raw units from here on
 sae.save(folder / "sae")
 
-held_out = pack(lm, documents("stories", part="held_out"), 256)
-rows = torch.from_numpy(np.stack([row.tokens for row in islice(held_out, 8)])).long()
+rows = token_rows(lm, documents("stories", part="held_out"), context=256, rows=8)
 report, stats = evaluate(lm, sae, Site.parse(site), rows)
 print(f"L0 {report.l0:.1f}  FVU {report.fvu:.3f}  delta loss {report.delta_loss:.3f} nats/token")
 

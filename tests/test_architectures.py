@@ -119,6 +119,17 @@ def test_architectures_are_final_and_sae_is_abstract():
         SAE()
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "transcoder"])
+def test_a_feature_at_its_threshold_is_off(architecture):
+    sae = make(architecture)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_enc.copy_(sae.theta.expand(F))
+    assert not sae.encode(rows(2, dtype=torch.float32)).any()
+    sae.b_enc.data *= 1 + 1e-6
+    assert sae.encode(rows(2, dtype=torch.float32)).all()
+
+
 def test_topk_keeps_fewer_where_fewer_are_positive():
     sae = make("topk", k=F)
     with torch.no_grad():

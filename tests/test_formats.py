@@ -12,7 +12,7 @@ from torch import nn
 from mistudio.errors import SAEError
 from mistudio.hub.formats import FORMATS, gemma_scope, load_any, save_as, sniff
 from mistudio.sae import ARCHITECTURES, JumpReLUSAE, SAEConfig, Transcoder
-from test_architectures import FIELDS, D, E, F, make, rows
+from test_architectures import D, E, F, make, rows
 
 LAYER_20 = "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
 TRANSCODER_5 = "gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_87"
@@ -185,6 +185,17 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     file = npz(tmp_path / "params.npz", arrays())
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     with pytest.raises(SAEError, match="cut short"):
+        load_any(file)
+
+
+def test_a_directory_that_points_before_the_file_is_refused(tmp_path):
+    file = npz(tmp_path / "params.npz", arrays())
+    content = bytearray(file.read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    start = int.from_bytes(content[end + 16 : end + 20], "little") + 999
+    content[end + 16 : end + 20] = start.to_bytes(4, "little")  # every member's offset becomes smaller by as much
+    file.write_bytes(content)
+    with pytest.raises(SAEError, match="damaged"):
         load_any(file)
 
 
@@ -413,6 +424,15 @@ def test_bad_state_dicts_are_refused_and_nothing_in_them_is_executed(tmp_path, m
         load_any(ae_pt(tmp_path, state(), **trainer))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_compressed_state_dict_is_refused_before_it_is_inflated(tmp_path):
+    torch.save(dictionary("AutoEncoder")[0], tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "ae.pt", "w") as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member), zipfile.ZIP_DEFLATED)
+    with pytest.raises(SAEError, match="compressed zip"):
+        load_any(tmp_path / "ae.pt")
 
 
 def sparsify(folder, stored=None, **changes):
@@ -725,7 +745,3 @@ def test_what_is_no_sae_is_named_with_the_formats_that_there_are(tmp_path, make_
 def test_an_unknown_format_to_save_in_is_refused(tmp_path):
     with pytest.raises(SAEError, match="the formats are native, gemma_scope, saelens"):
         save_as(make("relu"), tmp_path, "sparsify")
-
-
-def test_the_fields_of_every_architecture_are_tested():
-    assert set(FIELDS) == {n for n, cls in ARCHITECTURES.items() if len(cls.Config.__dataclass_fields__) > 8}

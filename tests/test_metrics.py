@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistudio.metrics import FeatureSums, LossSums, ReconstructionSums
+from mistudio.metrics import FeatureSums, LossSums, ReconstructionSums, explained_variance_by_token
 
 CHUNKS = st.lists(st.integers(0, 40), max_size=8).map(lambda cuts: sorted(cuts))
 
@@ -124,3 +124,11 @@ def test_mean_loss_weighs_predictions_however_rows_are_cut(cuts):
         sums += LossSums.of(a, b)
     assert sums.predictions == int(counted.sum())
     assert sums.mean == pytest.approx(losses[counted].double().mean().item(), rel=1e-13)
+
+
+def test_explained_variance_by_token_is_a_mean_of_ratios():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -3.0]])
+    x_hat = x + torch.tensor([0.5, 0.0])
+    mean = torch.tensor([0.0, -0.5])
+    ratios = [0.25 / (row - mean).square().sum().item() for row in x]
+    assert abs(explained_variance_by_token(x, x_hat) - (1 - sum(ratios) / 4)) < 1e-12

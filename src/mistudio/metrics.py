@@ -160,3 +160,13 @@ class LossSums:
     def mean(self) -> float:
         """Mean cross-entropy, nats per token predicted."""
         return self.total / self.predictions
+
+
+def explained_variance_by_token(x: Float[Tensor, "B D"], x_hat: Float[Tensor, "B D"]) -> float:
+    """Mean over tokens of 1 - ‖x_t - x̂_t‖² / ‖x_t - batch mean‖²: what SAEBench and Neuronpedia published.
+
+    A mean of ratios with the batch's own mean, so tokens near the mean dominate: not 1 - FVU. For comparisons only.
+    """
+    x64 = x.to(torch.float64)
+    error = (x64 - x_hat.to(torch.float64)).square().sum(1)  # [B]
+    return (1 - error / (x64 - x64.mean(0)).square().sum(1)).mean().item()

@@ -105,6 +105,13 @@ def download(
         return _Download(folder, revision, offline, force, transfers).get(entry)
 
 
+def find_local(entry: Entry) -> Downloaded | None:
+    """The entry's file in Hugging Face's cache, or None where it is not there. HubError: it is there, and unsound."""
+    with Transfers(show=False) as transfers:
+        one = _Download(None, None, True, False, transfers)
+        return None if one.place.at_hand(entry, None) is None else one.get(entry)
+
+
 def download_many(
     wanted: Sequence[Entry | str],
     *,

@@ -10,7 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int32
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
 
 from mistudio.errors import ModelError, TextError
 from mistudio.lm.text import Document
@@ -38,6 +40,12 @@ def pack(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterato
     if not 2 <= context <= lm.shape.context:
         raise ModelError(f"The context must be 2 to {lm.shape.context} tokens for {lm.name}; found {context}.")
     return _rows(lm, docs, context)
+
+
+def token_rows(lm: "LanguageModel", docs: Iterable[Document], context: int, rows: int) -> Int[Tensor, "N T"]:
+    """The first `rows` packed rows, or fewer where the text ends, as one tensor. Errors as `pack`."""
+    packed = islice(pack(lm, docs, context), rows)
+    return torch.from_numpy(np.stack([row.tokens for row in packed])).long()
 
 
 def token_spans(lm: "LanguageModel", text: str) -> list[tuple[int, int]]:

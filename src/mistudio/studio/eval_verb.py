@@ -1,18 +1,14 @@
 """`mistudio eval`: an SAE measured on held-out text, and what is known of each feature saved beside it."""
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import RenderableType
 from rich.table import Table
-from torch import Tensor
 
-from mistudio.errors import ConfigError, TextError
+from mistudio.errors import ConfigError
 from mistudio.evaluate import EvalReport, evaluate, plot_activation_frequency
-from mistudio.lm import LanguageModel, documents, pack
+from mistudio.lm import documents, token_rows
 from mistudio.studio.workspace import load_sae
 
 
@@ -47,23 +43,15 @@ class Config:
 def run(config: Config) -> EvalReport:
     """Measures; writes evaluation.json, feature_stats.safetensors and activation_frequency.png beside the SAE."""
     lm, sae, site = load_sae(config.sae, config.model)
-    rows = held_out_rows(lm, config)
+    held_out = documents(
+        config.text, column=config.column, separator=config.separator, part="held_out", held_out=config.held_out
+    )
+    rows = token_rows(lm, held_out, min(config.context, lm.shape.context), config.rows)
     report, stats = evaluate(lm, sae, site, rows, batch_rows=config.batch_rows)
     report.save(config.sae)
     stats.save(config.sae)
     plot_activation_frequency(stats, config.sae / "activation_frequency.png", title=f"{report.model} {report.site}")
     return report
-
-
-def held_out_rows(lm: LanguageModel, config: Config) -> Tensor:
-    """Packed rows [N, T] of the text's held-out part. TextError: it does not fill one row."""
-    held_out = documents(
-        config.text, column=config.column, separator=config.separator, part="held_out", held_out=config.held_out
-    )
-    packed = [row.tokens for row in islice(pack(lm, held_out, min(config.context, lm.shape.context)), config.rows)]
-    if not packed:
-        raise TextError(f"The held-out part of {config.text} does not fill one row of {config.context} tokens.")
-    return torch.from_numpy(np.stack(packed)).long()
 
 
 def show(result: EvalReport) -> RenderableType:

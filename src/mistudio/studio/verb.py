@@ -40,6 +40,10 @@ VERBS: dict[str, str] = {
     "sae find": "the released Gemma Scope SAEs, filtered by model, layer, site, width and L0",
     "sae download": "released SAEs by any name they go by, verified",
     "sae verify": "whether a weights file is whole, sound, and the SAE it is taken for",
+    "sae show": "what an SAE is: site, shapes, L0, revision, what it was trained on",
+    "sae convert": "an SAE from any format that is read into one that is written",
+    "sae diff": "whether two SAEs are the same weights, and how they differ",
+    "sae self-check": "L0 and explained variance of a released SAE on real text, against what is known of it",
     "sae index": "what the index of released SAEs holds, and how the hub differs",
 }
 """Verb → what it does, in the order of a pipeline."""

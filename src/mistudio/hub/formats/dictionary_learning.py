@@ -31,7 +31,7 @@ from mistudio.hub.formats.reading import (
     at_hook,
     build,
     candidates,
-    first_bytes,
+    first_member,
     fold_b_dec,
     fold_row_norms,
     peek_object,
@@ -98,24 +98,18 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> SAE:
 
 
 def _is_torch_zip(file: Path) -> bool:
-    if first_bytes(file, 4) != b"PK\x03\x04":
-        return False
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return False
+    return first_member(file).endswith("/data.pkl")
 
 
 def _read_state(file: Path) -> Weights:
     size = file.stat().st_size
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise SAEError(f"{file} is a compressed zip, which torch.save does not write.")
     try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+            raise SAEError("it is a compressed zip, which torch.save does not write")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler of a hostile file can raise anything
+    except Exception as error:  # zipfile and the unpickler can raise anything on a hostile file
         first = str(error).strip().split("\n")[0]
         raise SAEError(f"{file} is not a state dict of tensors alone, so it is not read: {first}") from error
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(w, Tensor) for n, w in state.items()):

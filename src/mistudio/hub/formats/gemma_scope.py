@@ -25,7 +25,7 @@ from mistudio.errors import HubError, SAEError
 from mistudio.hub.formats.reading import (
     candidates,
     entry_of,
-    first_bytes,
+    first_member,
     has_unit_rows,
     in_dtype,
     refuse_unfolded,
@@ -127,9 +127,7 @@ def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _is_npz(file: Path) -> bool:
-    head = first_bytes(file, 300)
-    name_bytes = int.from_bytes(head[26:28], "little")
-    return head[:4] == b"PK\x03\x04" and head[30 : 30 + name_bytes].endswith(b".npy")
+    return first_member(file).endswith(".npy")
 
 
 def _structure(file: Path) -> Npz:
@@ -137,6 +135,8 @@ def _structure(file: Path) -> Npz:
         return read_structure(file)
     except HubError as error:
         raise SAEError(str(error)) from error
+    except OSError as error:
+        raise SAEError(f"{file} is damaged: {error}.") from error
 
 
 def _names(npz: Npz) -> dict[str, str]:

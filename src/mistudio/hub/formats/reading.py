@@ -44,6 +44,13 @@ def first_bytes(path: Path, n: int) -> bytes:
         return b""
 
 
+def first_member(path: Path) -> str:
+    """The name of the first member of a zip file, by its local header; empty where it is no zip."""
+    head = first_bytes(path, 300)
+    name_bytes = int.from_bytes(head[26:28], "little")
+    return head[30 : 30 + name_bytes].decode("latin-1") if head[:4] == b"PK\x03\x04" else ""
+
+
 def candidates(path: Path, is_one: Callable[[Path], bool]) -> list[Path]:
     """The files that `is_one` accepts: `path` itself, or those lying in it where it is a folder."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
