@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-fast test check bench clean
+.PHONY: demo demo-fast test test-peers check bench clean
 
 demo: .venv/.installed        ## the whole pipeline on the bundled model, offline, in about five minutes on 2 cores
 	$(BIN)/mistudio demo --workspace workspace/demo
@@ -22,7 +22,7 @@ bench: .venv/.installed-dev   ## the benchmarks; each prints ratios measured in 
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv workspace
+	rm -rf .venv .venv-peers workspace
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -34,3 +34,10 @@ clean:
 .venv/.installed-dev: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/.installed
+
+.venv-peers/.installed: Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet 'torch>=2.6,<2.14'
+	.venv-peers/bin/python -m pip install --quiet 'sae-lens==6.54.12'
+	-.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@

@@ -41,7 +41,7 @@ def test_every_verb_explains_every_flag(capsys, verb):
         (["colect"], "Did you mean collect?"),
         (["train", "--recipe", "gema"], "the choices are quick, gemma_scope"),
         (["run", "nothing.yaml", "--workspace", "w"], "There is no recipe nothing.yaml"),
-        (["eval", "--sae", "nowhere"], "nowhere holds no SAE"),
+        (["eval", "--sae", "nowhere"], "There is no SAE at nowhere"),
         (["train", "--store", "nowhere", "--site", "layers.0.resid_post", "--width", "8", "--out", "o"], "nowhere"),
         (["steer", "Once", "--sae", "s", "--feature", "1", "2", "--strength", "3"], "2 features and 1 strengths"),
         (["collect", "--sites", "layers.0.nose", "--tokens", "9", "--out", "o"], "nose"),

@@ -94,7 +94,7 @@ def test_blocks_smaller_than_the_matrices_change_nothing(tmp_path, monkeypatch):
     turned = stored | {"W_enc": stored["W_enc"].T.copy(), "W_dec": stored["W_dec"].T.copy()}
     files = [npz(tmp_path / "a.npz", stored), npz(tmp_path / "b.npz", turned)]
     whole = load_any(files[0])
-    monkeypatch.setattr(gemma_scope, "BLOCK_BYTES", 7 * 4 * D)
+    monkeypatch.setattr("mistudio.sae.gemma_scope.BLOCK_BYTES", 7 * 4 * D)
     assert all(same(load_any(file), whole) for file in files)
 
 
@@ -195,7 +195,7 @@ def test_a_directory_that_points_before_the_file_is_refused(tmp_path):
     start = int.from_bytes(content[end + 16 : end + 20], "little") + 999
     content[end + 16 : end + 20] = start.to_bytes(4, "little")  # every member's offset becomes smaller by as much
     file.write_bytes(content)
-    with pytest.raises(SAEError, match="damaged"):
+    with pytest.raises(SAEError, match="overlaps another part|points at no member"):
         load_any(file)
 
 

@@ -25,8 +25,8 @@ from mistudio.errors import HubError
 from mistudio.hub import transfer
 from mistudio.hub.download import Downloaded, Failure, download, download_many
 from mistudio.hub.entry import Entry
-from mistudio.hub.npz import Npz
 from mistudio.hub.verify import verify_file
+from mistudio.sae.npz import Npz
 
 D, F = 2304, 8
 REPO = "google/gemma-scope-2b-pt-res"
@@ -596,7 +596,8 @@ def test_mirror_token_and_home_come_from_the_environment(tmp_path):
 
 
 def test_verifying_takes_blocks_and_not_the_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(Npz.blocks, "__defaults__", (2**16,))
+    blocks = Npz.blocks
+    monkeypatch.setattr(Npz, "blocks", lambda npz, name: blocks(npz, name, 2**16))
     path = tmp_path / "params.npz"
     path.write_bytes(npz_bytes(sound(D, 64)))
     largest = []

@@ -5,14 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from mistudio.errors import HubError
+from mistudio.errors import HubError, SAEError
+from mistudio.evaluate import evaluate
 from mistudio.hub import load
 from mistudio.hub.anchors import ANCHORS, anchor_of
 from mistudio.hub.compare import compare_saes
 from mistudio.hub.formats import save_as
 from mistudio.hub.names import resolve
-from mistudio.sae import JumpReLUSAE, SAEConfig
+from mistudio.lm import Site
+from mistudio.sae import JumpReLUSAE, SAEConfig, Transcoder, TranscoderConfig
+from mistudio.steer import compare
 from mistudio.studio.sae_self_check_verb import check
+from tiny_models import tiny_lm
 
 
 def small(seed=0, features=12):
@@ -99,3 +103,25 @@ def test_every_anchor_belongs_to_a_released_sae():
 @pytest.mark.parametrize(("measured", "passed"), [(71, True), (78, True), (79, False), (63, False)])
 def test_a_number_passes_within_its_band(measured, passed):
     assert check("L0", measured, 71, "its name", 0.10).passed is passed
+
+
+def test_the_briefs_loader_takes_over_the_weights_of_a_params_npz(tmp_path):
+    save_as(small(seed=1), tmp_path / "layer_20_16k_l0_71.npz", "gemma_scope")
+    sae = small(seed=2)
+    sae.load_from_gemma_scope(tmp_path / "layer_20_16k_l0_71.npz")
+    assert compare_saes(sae, small(seed=1)).same_bits
+    with pytest.raises(SAEError, match="want"):
+        small(features=20).load_from_gemma_scope(tmp_path / "layer_20_16k_l0_71.npz")
+
+
+def test_a_transcoder_is_neither_evaluated_nor_steered_with():
+    lm = tiny_lm()
+    config = TranscoderConfig(
+        d_model=lm.shape.d_model, d_sae=6, d_out=lm.shape.d_model, hook_name="layers.1.resid_post"
+    )
+    transcoder = Transcoder(config, {name: torch.ones(shape) for name, shape in config.shapes().items()})
+    site = Site(1, "resid_post")
+    with pytest.raises(SAEError, match="transcoder"):
+        evaluate(lm, transcoder, site, torch.full((1, 4), 9))
+    with pytest.raises(SAEError, match="transcoder"):
+        compare(lm, transcoder, "a", ((0, 1.0),), site=site)

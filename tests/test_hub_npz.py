@@ -13,8 +13,8 @@ import make_hostile
 from make_hostile import npz_bytes, sound
 from mistudio.errors import HubError
 from mistudio.hub.entry import Entry
-from mistudio.hub.npz import read_structure
 from mistudio.hub.verify import verify_file
+from mistudio.sae.npz import read_structure
 
 HOSTILE = sorted(make_hostile.FOLDER.glob("*.npz"))
 REASONS = {

@@ -21,7 +21,7 @@ from mistudio.evaluate.report import DENSE_ABOVE, EvalReport, FeatureStats
 from mistudio.lm import LanguageModel, Site
 from mistudio.metrics import FeatureSums, LossSums, ReconstructionSums
 from mistudio.progress import progress_bar
-from mistudio.sae import SAE
+from mistudio.sae import SAE, Transcoder
 
 FEATURE_VALUES_AT_ONCE = 2**24
 """Rows are encoded in pieces of at most this many feature values (64 MiB of float32)."""
@@ -65,6 +65,8 @@ def _check(lm: LanguageModel, sae: SAE, site: Site, rows: Tensor, batch_rows: in
     lm.check(site)
     if batch_rows < 1:
         raise ConfigError(f"batch_rows is {batch_rows}; it must be at least 1.")
+    if isinstance(sae, Transcoder):
+        raise SAEError("A transcoder does not reconstruct what it reads; give an SAE of one site.")
     if sae.config.scale is not None:
         raise SAEError(
             f"This SAE reads normalised rows (scale {sae.config.scale}), but activations are raw; give `sae.fold()`."

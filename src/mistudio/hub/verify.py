@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mistudio.errors import HubError
 from mistudio.hub.entry import Entry
-from mistudio.hub.npz import BLOCK_BYTES, read_structure
+from mistudio.sae.npz import BLOCK_BYTES, read_structure
 
 Kind = Literal["npz", "safetensors"]
 UNIT_ROW_TOLERANCE = 1e-3

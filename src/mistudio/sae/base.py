@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from mistudio.errors import ConfigError, SAEError
 
+UNIT_ROW_TOLERANCE = 1e-3
+"""How far from 1 the norm of a released SAE's decoder row may be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from mistudio.config import from_dict, to_dict
 from mistudio.errors import ConfigError, SAEError
 from mistudio.files import read_json, write_json, write_tensors
-from mistudio.sae.base import SAE, SAEConfig, check_weights
+from mistudio.sae.base import SAE, UNIT_ROW_TOLERANCE, SAEConfig, check_weights
+from mistudio.sae.gemma_scope import read_weights
 
 FORMAT, VERSION = "mistudio-sae", 1
-UNIT_ROW_TOLERANCE = 1e-3
 
 
 def initial_weights(config: SAEConfig, *, seed: int = 0, threshold: float = 0.001) -> dict[str, Tensor]:
@@ -126,6 +126,19 @@ class JumpReLUSAE(SAE):
         tensors = {_FILE_NAMES[name]: tensor.float() for name, tensor in self.state_dict().items()}
         write_tensors(folder / "sae.safetensors", tensors)
         write_json(folder / "sae.json", {"format": FORMAT, "version": VERSION, "config": to_dict(self.config)})
+
+    @torch.no_grad()
+    def load_from_gemma_scope(self, params_path: str | Path) -> None:
+        """Takes over the weights of a Gemma Scope params.npz. SAEError: they have other sizes, or are unsound.
+
+        `mistudio.hub.load.load_sae` makes the SAE from the file instead, sizes and site included.
+        """
+        if not self.folded:
+            raise SAEError("A params.npz holds released weights, in raw units; this SAE is in training form.")
+        weights = read_weights(Path(params_path), self.W_enc.dtype)
+        check_weights(self.config, weights)
+        for name, parameter in self.named_parameters():
+            parameter.copy_(weights[name])
 
     @staticmethod
     def load(folder: str | Path) -> "JumpReLUSAE":

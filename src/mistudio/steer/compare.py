@@ -6,7 +6,7 @@ import torch
 
 from mistudio.errors import ConfigError, SAEError
 from mistudio.lm import Generation, LanguageModel, Site
-from mistudio.sae import SAE
+from mistudio.sae import SAE, Transcoder
 from mistudio.steer.methods import Features, steering_edit, steering_vector
 
 
@@ -97,6 +97,8 @@ def _site_of(sae: SAE) -> Site:
 
 def _check(lm: LanguageModel, sae: SAE, site: Site, temperature: float, samples: int) -> None:
     lm.check(site)
+    if isinstance(sae, Transcoder):
+        raise SAEError("A transcoder writes another place than it reads; give an SAE of one site.")
     if sae.config.d_model != lm.width(site):
         raise SAEError(
             f"The SAE's features have width {sae.config.d_model}, but {lm.name} has {lm.width(site)} at {site}."

@@ -19,7 +19,7 @@ from mistudio.features import Match
 from mistudio.lm import Edit
 from mistudio.lm.stories import word_labels
 from mistudio.progress import progress_bar
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE
 from mistudio.steer import Features, compare, random_controls, steering_vector
 from mistudio.studio.recipe import SteerStage
 from mistudio.studio.steer_verb import side_by_side
@@ -111,7 +111,7 @@ def run(folder: Path, matches: Sequence[Match], stage: SteerStage) -> TopicSteer
     )
 
 
-def one_control_a_row(sae: JumpReLUSAE, controls: Sequence[Features]) -> Edit:
+def one_control_a_row(sae: SAE, controls: Sequence[Features]) -> Edit:
     """An edit that steers row i of the batch by `controls[i]`."""
     vectors = torch.stack([steering_vector(sae, control) for control in controls])[:, None]  # [N, 1, D]
     return lambda h: h + vectors.to(h)

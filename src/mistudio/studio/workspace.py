@@ -14,8 +14,9 @@ from pathlib import Path
 
 from mistudio.errors import ConfigError, SAEError
 from mistudio.evaluate import FeatureStats
+from mistudio.hub.formats import load_any
 from mistudio.lm import LanguageModel, Site
-from mistudio.sae import JumpReLUSAE
+from mistudio.sae import SAE, Transcoder
 
 CONCEPTS = "concepts.json"
 
@@ -36,14 +37,16 @@ def refuse_occupied(folder: Path, remedy: str) -> None:
         raise ConfigError(f"{folder} is not empty. {remedy}")
 
 
-def load_sae(folder: Path, model: str | None, device: str | None = None) -> tuple[LanguageModel, JumpReLUSAE, Site]:
+def load_sae(folder: Path, model: str | None, device: str | None = None) -> tuple[LanguageModel, SAE, Site]:
     """The SAE in `folder`, its site, and its language model (or the one named). SAEError: it does not say which."""
-    sae = JumpReLUSAE.load(folder)
+    sae = load_any(folder)
+    if isinstance(sae, Transcoder):
+        raise SAEError(f"{folder} holds a transcoder, which reads one place and writes another; give an SAE.")
     if sae.config.hook_name is None:
-        raise SAEError(f"{folder}/sae.json does not say which site the SAE was trained on (hook_name).")
+        raise SAEError(f"{folder} does not say which site the SAE was trained on (hook_name).")
     name = model or sae.config.model
     if name is None:
-        raise SAEError(f"{folder}/sae.json does not say which model the SAE was trained on; give it: --model NAME.")
+        raise SAEError(f"{folder} does not say which model the SAE was trained on; give it: --model NAME.")
     lm = _loaded(name, device)
     return lm, sae.to(lm.device), Site.parse(sae.config.hook_name)
 

@@ -22,8 +22,7 @@ from mistudio.files import read_json
 from mistudio.hub.entry import Entry, parse
 from mistudio.lm.site import Site
 from mistudio.sae import ARCHITECTURES, SAE
-from mistudio.sae.base import check_weights
-from mistudio.sae.model import UNIT_ROW_TOLERANCE
+from mistudio.sae.base import UNIT_ROW_TOLERANCE, check_weights
 
 JSON_BYTES_MAX = 16 * 2**20
 HEADER_BYTES_MAX = 16 * 2**20

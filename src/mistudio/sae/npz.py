@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,13 @@ _BROKEN = (
     struct.error,
 )
 """What `zipfile` raises on damaged or exotic input."""
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    """An open file, or a member of a zip file."""
+
+    def read(self, n: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +183,7 @@ def _data_offsets(path: Path, file: IO[bytes], members: list[zipfile.ZipInfo], d
     offsets: dict[str, int] = {}
     free = 0
     for member in sorted(members, key=lambda m: m.header_offset):
-        file.seek(member.header_offset)
+        file.seek(max(member.header_offset, 0))  # a wrong directory makes it negative
         header = file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise HubError(f"{path}: the zip's directory points at no member for {member.filename}.")
@@ -237,7 +244,7 @@ def _parse_header(path: Path, name: str, text: bytes) -> tuple[str, tuple[int, .
     return _DTYPES[descr], shape
 
 
-def _exactly(member: IO[bytes], n: int) -> bytes:
+def _exactly(member: _Readable, n: int) -> bytes:
     data = member.read(n)
     if len(data) != n:
         raise EOFError(f"it ends {n - len(data):,} bytes early")
