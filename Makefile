@@ -13,6 +13,9 @@ demo-fast: .venv/.installed   ## the same in its shortest form, under a minute
 test: .venv/.installed-dev    ## the tests
 	$(BIN)/python -m pytest
 
+test-peers: .venv/.installed-dev .venv-peers/.installed   ## SAEs exchanged with SAELens, in its own environment
+	$(BIN)/python -m pytest tests/test_formats_saelens.py
+
 check: .venv/.installed-dev   ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
