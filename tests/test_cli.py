@@ -100,3 +100,13 @@ def test_json_is_json_and_nothing_else(capsys, tmp_path):
     code, text, _ = run(capsys, "collect", *flags)
     assert code == 0
     assert json.loads(text)["rows"] == 40
+
+
+def test_a_set_of_downloads_with_a_failure_ends_with_a_table_and_exit_code_1(capsys, tmp_path):
+    names = ["gemma-2-2b/20-gemmascope-res-16k", "gemma-2-2b/99-gemmascope-res-16k"]
+    code, out, _ = run(capsys, "sae", "download", *names, "--folder", str(tmp_path / "saes"), "--offline", "--json")
+    assert code == 1
+    files = json.loads(out)["files"]
+    assert [file["name"] for file in files] == names
+    assert "without --offline" in files[0]["error"]
+    assert "Choices of layer: 0-25" in files[1]["error"]
