@@ -184,6 +184,7 @@ def export(folder: Path) -> None:
     state = load_file(folder / "checkpoint.safetensors")
     weights = {k[6:]: v.to(torch.bfloat16) for k, v in state.items() if k.startswith("model.")}
     save_file(weights, DEMO / "model.safetensors", {"format": "pt"})
+    (DEMO / "model.safetensors").chmod(0o644)
     gemma = config()
     gemma.architectures = ["Gemma2ForCausalLM"]
     (DEMO / "config.json").write_text(gemma.to_json_string())
