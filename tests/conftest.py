@@ -11,5 +11,5 @@ from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-install_import_hook(["mistudio.sae", "mistudio.metrics", "mistudio.evaluate"], "beartype.beartype")
+install_import_hook(["mistudio.sae", "mistudio.metrics", "mistudio.evaluate", "mistudio.steer"], "beartype.beartype")
 torch.set_num_threads(1)

@@ -5,8 +5,9 @@
     checkpoints/step-*.safetensors   the last two; each file is whole or absent
     sae.json, sae.safetensors        the SAE in released form, when the run is finished
 
-A checkpoint holds the weights, Adam's second moments, how long each feature was silent, the sums of the metrics line
-that is being gathered, and in its header the step and the position in the data. Schedules are functions of the step,
+A checkpoint holds the weights, Adam's second moments and up to which step each feature's have decayed, how long each
+feature was silent, the entries of the last batch, the sums of the metrics line that is being gathered, and in its
+header the step and the position in the data. Schedules are functions of the step,
 and training draws no random numbers, so nothing else is needed.
 """
 
@@ -25,7 +26,7 @@ from mistudio.files import read_json, write_json, write_tensors
 from mistudio.sae import SAEConfig
 from mistudio.train.config import LOGGING_FIELDS, TrainConfig
 
-FORMAT, VERSION = "mistudio-run", 1
+FORMAT, VERSION = "mistudio-run", 2
 KEPT = 2
 
 

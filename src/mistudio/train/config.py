@@ -59,6 +59,9 @@ class TrainConfig:
     """Where b_dec starts. mean: the mean given to train(), or else that of the first batch."""
     seed: int = 0
     """Seed of the first weights."""
+    engine: Literal["auto", "dense", "sparse"] = "auto"
+    """How a step is computed; results differ by rounding only. dense: by matrix products. sparse: on the entries near
+    or above their threshold, on a CPU. auto: sparse where numba is installed and the step before had few enough."""
 
     dead_after_rows: int = 10_000_000
     """A feature that was silent for this many rows counts as dead. It is only reported."""

@@ -117,6 +117,7 @@ def train(
     try:
         _run_steps(state, source, batches, place, history, sinks)
     finally:
+        state.release()
         for sink in sinks:
             sink.close()
     if place is not None:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mistudio.sae import JumpReLUSAE, jumprelu, step
+from mistudio.sae.code import is_entry
 from mistudio.train.config import TrainConfig
 
 CPU_CHUNK_ROWS = 256
@@ -40,6 +41,9 @@ class Terms:
     """Mean number of active features in a row."""
     fired: Float[Tensor, " F"]
     """In how many rows each feature was active."""
+    entries: Float[Tensor, ""]
+    """How many entries of z are active or in the kernel window, which is what a sparse step costs. A dense step
+    counts those below θ in its first chunk of rows only."""
 
 
 def loss(sae: JumpReLUSAE, x: Float[Tensor, "B D"], cfg: TrainConfig, weight: float) -> Terms:
@@ -49,7 +53,8 @@ def loss(sae: JumpReLUSAE, x: Float[Tensor, "B D"], cfg: TrainConfig, weight: fl
     active = step(z, sae.threshold, cfg.bandwidth)
     row_l0 = active.sum(1)  # [B]
     mse = (x - x_hat).square().sum(1).mean()
-    return Terms(mse + weight * _penalty(row_l0, cfg), mse, row_l0.mean(), active.detach().sum(0))
+    entries = is_entry(z, sae.threshold, cfg.bandwidth).sum().to(mse.dtype)
+    return Terms(mse + weight * penalty(row_l0, cfg), mse, row_l0.mean(), active.detach().sum(0), entries)
 
 
 @torch.no_grad()
@@ -64,11 +69,15 @@ def loss_and_gradients(
     d_enc, d_dec = torch.zeros_like(sae.W_enc), torch.zeros_like(sae.W_dec)
     d_z_sum, d_f_windowed, price_windowed, fired = (torch.zeros_like(bias) for _ in range(4))
     d_x_hat_sum = torch.zeros_like(sae.b_dec)
-    squares, row_l0 = [], []
+    squares: list[Tensor] = []
+    row_l0: list[Tensor] = []
+    below = bias.new_zeros(())
     for chunk in x.split(CPU_CHUNK_ROWS if x.device.type == "cpu" else rows):
         z = torch.addmm(bias, chunk, sae.W_enc)
         active = torch.gt(z, threshold, out=torch.empty_like(z))  # 0.0 or 1.0: float masks are faster than boolean ones
         window = torch.lt((z - threshold).abs_(), cfg.bandwidth / 2, out=torch.empty_like(z))
+        if not squares:
+            below = (window > active).sum() * (rows / len(chunk))
         f = z.mul_(active)
         residual = torch.addmm(sae.b_dec, f, sae.W_dec).sub_(chunk)  # x̂ - x
         squares.append(residual.square().sum())
@@ -78,16 +87,16 @@ def loss_and_gradients(
         d_x_hat_sum += d_x_hat.sum(0)
         d_dec.addmm_(f.T, d_x_hat)
         d_f = d_x_hat @ sae.W_dec.T
-        price_windowed.addmv_(window.T, _row_price(row_l0[-1], rows, cfg))
+        price_windowed.addmv_(window.T, row_price(row_l0[-1], rows, cfg))
         d_f_windowed += window.mul_(d_f).sum(0)
         d_z = d_f.mul_(active)
         d_enc.addmm_(chunk.T, d_z)
         d_z_sum += d_z.sum(0)
     all_l0 = torch.cat(row_l0)
     mse = torch.stack(squares).sum() / rows
-    price_windowed *= weight * _common_price(all_l0, cfg)
+    price_windowed *= weight * common_price(all_l0, cfg)
     d_threshold = (threshold * d_f_windowed + price_windowed) / -cfg.bandwidth
-    terms = Terms(mse + weight * _penalty(all_l0, cfg), mse, all_l0.mean(), fired)
+    terms = Terms(mse + weight * penalty(all_l0, cfg), mse, all_l0.mean(), fired, fired.sum() + below)
     return terms, _parameter_gradients(sae, d_enc, d_z_sum, d_threshold, d_dec, d_x_hat_sum)
 
 
@@ -103,7 +112,8 @@ def _parameter_gradients(
     return {"W_enc": d_enc, "b_enc": d_z_sum, "theta": d_theta, "W_dec": d_dec, "b_dec": d_b_dec}
 
 
-def _penalty(row_l0: Tensor, cfg: TrainConfig) -> Tensor:
+def penalty(row_l0: Float[Tensor, " B"], cfg: TrainConfig) -> Float[Tensor, ""]:
+    """What sparsity_weight multiplies."""
     if cfg.target_l0 is None:
         return row_l0.mean()
     if cfg.sparsity == "target_mean_l0":
@@ -111,14 +121,14 @@ def _penalty(row_l0: Tensor, cfg: TrainConfig) -> Tensor:
     return (2 / cfg.target_l0) * (row_l0 - cfg.target_l0).square().mean()
 
 
-def _row_price(row_l0: Tensor, rows: int, cfg: TrainConfig) -> Tensor:
+def row_price(row_l0: Tensor, rows: int, cfg: TrainConfig) -> Tensor:
     """The part of p_b that differs between rows and is known as soon as the row is."""
     if cfg.target_l0 is not None and cfg.sparsity == "target_token_l0":
         return (row_l0 - cfg.target_l0) * (4 / (cfg.target_l0 * rows))
     return torch.full_like(row_l0, 1 / rows)
 
 
-def _common_price(row_l0: Tensor, cfg: TrainConfig) -> Tensor:
+def common_price(row_l0: Tensor, cfg: TrainConfig) -> Tensor:
     """The part of p_b that all rows share and that needs the whole batch."""
     if cfg.target_l0 is not None and cfg.sparsity == "target_mean_l0":
         return (row_l0.mean() / cfg.target_l0 - 1) * (2 / cfg.target_l0)

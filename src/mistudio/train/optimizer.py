@@ -1,15 +1,23 @@
-"""Adam without a first moment (β₁ = 0), and the constraint that decoder rows have norm 1.
+"""Adam without a first moment (β₁ = 0), dense or row by row, and the constraint that decoder rows have norm 1.
 
 Gemma Scope uses β = (0, 0.999); dropping the first moment then saves a third of the optimiser's memory. The arithmetic
 is `torch.optim.Adam`'s (a test compares them), in the parameters' dtype, float32.
+
+It has a second use. Where a row's gradient is 0, so is its update, and its second moment only decays: so a row may be
+left alone until it is touched again, after n steps, and then its moment be multiplied by β₂ⁿ. That is the same
+algorithm, not an approximation (β₁ > 0 or weight decay would end that). `row_steps` says up to which step each row has
+decayed; a dense update first brings all rows up to date.
 """
 
 import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+FEATURE_AXIS = {"W_enc": 1, "W_dec": 0}
+"""The parameters that have a row for each feature, and along which axis features lie."""
 
 
 class Adam:
@@ -19,16 +27,66 @@ class Adam:
         self.parameters, self.beta2, self.eps = parameters, beta2, eps
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.steps = 0
+        by_feature = [p.shape[FEATURE_AXIS[name]] for name, p in parameters.items() if name in FEATURE_AXIS]
+        device = next(iter(parameters.values())).device
+        self.row_steps = torch.zeros(max(by_feature, default=0), dtype=torch.int64, device=device)
+        """For each feature, the step up to which the second moments of its rows have decayed."""
+        self.behind = False
+        """Whether any of row_steps may be less than `steps`."""
 
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One step, in place; `gradients` are by parameter name."""
+        """One step of the parameters in `gradients`, in place; rows by feature that are not in it keep their clock."""
+        if set(gradients) & set(FEATURE_AXIS):
+            self.catch_up()
+            self.row_steps += 1
         self.steps += 1
         correction = math.sqrt(1 - self.beta2**self.steps)
-        for name, p in self.parameters.items():
-            g, v = gradients[name], self.second[name]
+        for name, g in gradients.items():
+            p, v = self.parameters[name], self.second[name]
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
             p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-lr)
+
+    def rows(self, name: str) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
+        """A parameter and its second moment with features first: views."""
+        axis = FEATURE_AXIS[name]
+        return self.parameters[name].detach().movedim(axis, 0), self.second[name].movedim(axis, 0)
+
+    def row_decay(self) -> Float[Tensor, " F"]:
+        """β₂ⁿ of every feature, n = the coming step less row_steps; in the parameters' dtype, computed in float64."""
+        dtype = next(iter(self.parameters.values())).dtype
+        return (self.beta2 ** (self.steps + 1 - self.row_steps).double()).to(dtype)
+
+    @torch.no_grad()
+    def update_rows(
+        self, touched: Bool[Tensor, " F"], gradients: Mapping[str, Float[Tensor, "F D"]], lr: float
+    ) -> None:
+        """The coming step of the rows of `touched` features, in place, before `update` takes it for the vectors."""
+        decay, correction = self.row_decay()[touched, None], math.sqrt(1 - self.beta2 ** (self.steps + 1))
+        for name, gradient in gradients.items():
+            p, v = self.rows(name)
+            g = gradient[touched]
+            second = (v[touched] * decay).addcmul_(g, g, value=1 - self.beta2)
+            v[touched] = second
+            p[touched] = p[touched].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr)
+        self.mark(touched)
+
+    def mark(self, touched: Bool[Tensor, " F"]) -> None:
+        """The rows of these features have taken the coming step."""
+        self.row_steps[touched] = self.steps + 1
+        self.behind = True
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Every second moment is decayed up to the last step."""
+        if not self.behind:
+            return
+        factor = self.beta2 ** (self.steps - self.row_steps).double()
+        for name in FEATURE_AXIS:
+            v = self.rows(name)[1]
+            v.mul_(factor.to(v.dtype)[:, None])
+        self.row_steps.fill_(self.steps)
+        self.behind = False
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from mistudio.train.log import Metrics
 from mistudio.train.loss import Terms, loss_and_gradients
 from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
 from mistudio.train.schedules import lr_at, sparsity_weight_at
+from mistudio.train.sparse import SparseStep, numba_is_there, pays
 
 
 class TrainState:
@@ -26,7 +27,16 @@ class TrainState:
         device = sae.W_enc.device
         self.sae, self.cfg = sae, cfg
         self.step = 0
+        on_cpu = device.type == "cpu"
+        if cfg.engine == "sparse" and not on_cpu:
+            raise TrainError(f"The sparse engine runs on CPUs, and the SAE is on {device}. Set engine to auto.")
+        may_be_sparse = cfg.engine == "sparse" or (cfg.engine == "auto" and on_cpu and numba_is_there())
+        if may_be_sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.adam = Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps)
+        self.sparse = SparseStep(sae, cfg, self.adam, compiled=numba_is_there()) if may_be_sparse else None
+        self.entries = torch.full((), sae.config.d_sae * cfg.batch_rows, dtype=torch.float64, device=device)
+        """Entries of the last step's batch that were active or in the kernel window; all before the first step."""
         self.silent_rows = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
         """Rows since each feature was last active."""
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
@@ -38,19 +48,34 @@ class TrainState:
     def update(self, x: Float[Tensor, "B D"]) -> None:
         """One step: gradients, projection, Adam, renormalised decoder, thresholds kept positive."""
         cfg, sae = self.cfg, self.sae
-        terms, gradients = loss_and_gradients(sae, x, cfg, sparsity_weight_at(cfg, self.step))
-        remove_parallel_(gradients["W_dec"], sae.W_dec)
-        self.adam.update(gradients, lr_at(cfg, self.step))
-        normalise_rows_(sae.W_dec)
+        weight, lr = sparsity_weight_at(cfg, self.step), lr_at(cfg, self.step)
+        if self.sparse is not None and (cfg.engine == "sparse" or pays(float(self.entries), len(x), sae.config.d_sae)):
+            terms = self.sparse.update(x, weight, lr)
+        else:
+            terms = self._dense_update(x, weight, lr)
         if not cfg.log_threshold:
             sae.theta.clamp_(min=cfg.bandwidth / 2)  # the whole window of a threshold stays above 0
         self._count(x, terms)
         self.step += 1
 
+    def _dense_update(self, x: Tensor, weight: float, lr: float) -> Terms:
+        terms, gradients = loss_and_gradients(self.sae, x, self.cfg, weight)
+        remove_parallel_(gradients["W_dec"], self.sae.W_dec)
+        self.adam.update(gradients, lr)
+        normalise_rows_(self.sae.W_dec)
+        if self.sparse is not None:
+            self.sparse.stale = True
+        return terms
+
+    def release(self) -> None:
+        """The SAE's weights lie in memory row by row, as everybody else expects; this state is not used any more."""
+        self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
+
     def _count(self, x: Tensor, terms: Terms) -> None:
         variance = (x - x.mean(0)).square().sum(1).mean()
         batch = torch.stack((terms.loss, terms.mse, variance, terms.l0, torch.ones_like(variance))).double()
         self.sums += batch
+        self.entries.copy_(terms.entries)
         self.silent_rows.add_(len(x)).masked_fill_(terms.fired > 0, 0)
         bad = ~torch.stack((variance, terms.loss)).isfinite()
         self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), self.step + 1, self.first_bad))
@@ -94,6 +119,7 @@ class TrainState:
         """Every tensor a checkpoint needs, by name."""
         named = {f"sae.{name}": p.detach() for name, p in self.sae.named_parameters()}
         named |= {f"adam.{name}": v for name, v in self.adam.second.items()}
+        named |= {"adam.row_steps": self.adam.row_steps, "entries": self.entries}
         return named | {"silent_rows": self.silent_rows, "sums": self.sums}
 
     @torch.no_grad()
@@ -110,3 +136,6 @@ class TrainState:
                 )
             tensor.copy_(tensors[name])
         self.step = self.adam.steps = step
+        self.adam.behind = True
+        if self.sparse is not None:
+            self.sparse.stale = True
