@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo demo-fast test test-peers check bench clean
 
-demo: .venv/.installed        ## the whole pipeline on the bundled model, offline, in about five minutes on 2 cores
+demo: .venv/.installed        ## the whole pipeline on the bundled model, offline, in less than five minutes on 2 cores
 	$(BIN)/mistudio demo --workspace workspace/demo
 
 demo-fast: .venv/.installed   ## the same in its shortest form, under a minute
