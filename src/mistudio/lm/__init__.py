@@ -1,6 +1,6 @@
 """Language models and text: read and edit the inside of a Hugging Face causal LM; turn text into rows of tokens."""
 
-from mistudio.lm.editing import Edit, Edits
+from mistudio.lm.editing import Edit, Edits, Pass
 from mistudio.lm.families import FAMILIES, Family
 from mistudio.lm.generate import Generation
 from mistudio.lm.load import load_shape
@@ -20,6 +20,7 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "ModelShape",
+    "Pass",
     "Readout",
     "Site",
     "Span",

@@ -4,6 +4,8 @@ An edit is a function of the activation `h` [N, T, W]: it returns the tensor tha
 leave it. It must not change `h` in place, since a reader may hold the same memory; that is found out and refused.
 Edits at one site run in the order in which their blocks were opened, each on what the one before returned. Hooks sit
 on the model itself, so every forward pass inside the block is edited, whoever calls it: one thread at a time.
+
+An edit that depends on the token or its position reads both from a `Pass`: with the cache, h alone does not tell.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,6 +48,29 @@ def attach(module: nn.Module, side: Side, fn: Edit) -> RemovableHandle:
         return fn(output)
 
     return module.register_forward_pre_hook(before) if side == "input" else module.register_forward_hook(after)
+
+
+class Pass:
+    """What the forward pass now running is fed: `tokens` [N, T], the first of them at position `start` of its row."""
+
+    tokens: Int[Tensor, "N T"]
+    start: int
+
+
+@contextmanager
+def followed(model: nn.Module) -> Iterator[Pass]:
+    """A `Pass` that is set anew at the start of every forward pass inside the block, and unset before the first."""
+    now = Pass()
+
+    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        cache = options.get("past_key_values")
+        now.tokens, now.start = args[0], 0 if cache is None else int(cache.get_seq_length())
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield now
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -27,36 +27,44 @@ class Generation:
 @torch.no_grad()
 def new_tokens(
     model: nn.Module,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
+    streams: Sequence[tuple[int, int]],
     stop: frozenset[int],
     max_new_tokens: int,
-    samples: int,
     temperature: float,
-    seed: int,
     use_cache: bool,
 ) -> list[list[int]]:
-    """For each sample its new tokens, without the token of `stop` that ended it.
+    """For each prompt its new tokens, without the token of `stop` that ended it.
 
-    All samples are rows of one batch; rows that have ended go on being computed, and are cut. A row's random numbers
-    depend on (seed, row) alone, so a sample does not change with `samples` (up to rounding of the logits in other batch
-    sizes).
+    The prompts are rows of one batch; rows that have ended go on being computed, and are cut. A row's random numbers
+    depend on its stream (seed, number) alone, so it does not change with its neighbours (up to rounding of the logits
+    in other batch sizes). Where lengths differ, the first pass reads as far as the shortest prompt; longer ones are
+    then fed token by token while the others already write. So no row is padded, and column t is position t in all.
     """
     device = next(model.parameters()).device
-    draws = _uniforms(seed, samples, max_new_tokens).to(device)
-    tokens = torch.tensor([list(prompt)] * samples, device=device)  # [N, T]
+    draws = _uniforms(streams, max_new_tokens).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    given = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)  # [N, longest]
     stops = torch.tensor(sorted(stop), device=device)
-    ended = torch.zeros(samples, dtype=torch.bool, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    tokens = given[:, :shortest]
     fed, cache = tokens, None
-    for step in range(max_new_tokens):
+    for position in range(shortest, longest + max_new_tokens):
         output = model(fed, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
-        chosen = _choose(output.logits[:, -1], temperature, draws[:, step])  # [N]
+        written = position - lengths  # [N] new tokens so far; below 0 inside a prompt
+        draw = draws.gather(1, written.clamp(0, max_new_tokens - 1)[:, None])[:, 0]
+        chosen = _choose(output.logits[:, -1], temperature, draw)  # [N]
+        if position < longest:
+            chosen = torch.where(written < 0, given[:, position], chosen)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        ended |= torch.isin(chosen, stops)
+        ended |= (written >= 0) & torch.isin(chosen, stops) | (written + 1 >= max_new_tokens)
         if bool(ended.all()):
             break
         fed, cache = (chosen[:, None], output.past_key_values) if use_cache else (tokens, None)
-    return [_cut(row, stop) for row in tokens[:, len(prompt) :].tolist()]
+    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return [_cut(row[length : length + max_new_tokens], stop) for row, length in rows]
 
 
 def _choose(logits: Float[Tensor, "N V"], temperature: float, draw: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
@@ -68,10 +76,9 @@ def _choose(logits: Float[Tensor, "N V"], temperature: float, draw: Float[Tensor
     return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _uniforms(seed: int, samples: int, steps: int) -> Float[Tensor, "N S"]:
-    """Numbers in [0, 1), float64; row i is a function of (seed, i). No global generator is touched."""
-    rows = [np.random.default_rng((seed, row)).random(steps) for row in range(samples)]
-    return torch.from_numpy(np.stack(rows))
+def _uniforms(streams: Sequence[tuple[int, int]], steps: int) -> Float[Tensor, "N S"]:
+    """Numbers in [0, 1), float64; a row is a function of its stream. No global generator is touched."""
+    return torch.from_numpy(np.stack([np.random.default_rng(stream).random(steps) for stream in streams]))
 
 
 def _cut(tokens: list[int], stop: frozenset[int]) -> list[int]:

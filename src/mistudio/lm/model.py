@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mistudio.errors import ModelError
-from mistudio.lm.editing import Edit, Edits, attach, edited
+from mistudio.lm.editing import Edit, Edits, Pass, attach, edited, followed
 from mistudio.lm.families import Side
 from mistudio.lm.generate import Generation, check_request, new_tokens
 from mistudio.lm.load import attention_for, load_model
@@ -123,6 +123,10 @@ class LanguageModel:
         """
         return edited({site: self._point(site) for site in edits}, edits)
 
+    def following(self) -> AbstractContextManager[Pass]:
+        """A block whose value tells, while a forward pass runs, which tokens it is fed and at which positions."""
+        return followed(self.model)
+
     def token_losses(self, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "N T-1"]:
         """Cross-entropy in nats of token t+1 given the tokens up to t, at column t; the softmax is in float32."""
         rows = self._rows(tokens)
@@ -172,17 +176,51 @@ class LanguageModel:
             temperature=temperature,
             seed=seed,
         )
-        rows = new_tokens(
-            self.model,
-            tokens,
-            stop=self._stop_ids(),
+        streams = [(seed, sample) for sample in range(samples)]
+        return self.generate_rows(
+            [tokens] * samples,
+            streams=streams,
             max_new_tokens=max_new_tokens,
-            samples=samples,
             temperature=temperature,
-            seed=seed,
             use_cache=use_cache,
         )
-        return [Generation(tuple(row), self._continuation(tokens, row)) for row in rows]
+
+    def generate_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        streams: Sequence[tuple[int, int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        use_cache: bool = True,
+    ) -> list[Generation]:
+        """The continuation of each prompt (token ids, BOS first; lengths may differ), all rows of one batch.
+
+        Row i draws the random numbers of `streams[i]` = (seed, sample): rows of equal streams and equal logits sample
+        the same tokens, and (seed, n) is the n-th sample of `generate`. ModelError as there.
+        """
+        if not prompts or len(prompts) != len(streams):
+            raise ModelError(f"Every row needs a prompt and a stream; found {len(prompts)} and {len(streams)}.")
+        for prompt, (seed, _) in zip(prompts, streams, strict=True):
+            check_request(
+                len(prompt),
+                self.shape.context,
+                max_new_tokens=max_new_tokens,
+                samples=len(prompts),
+                temperature=temperature,
+                seed=seed,
+            )
+        rows = new_tokens(
+            self.model,
+            prompts,
+            streams=streams,
+            stop=self._stop_ids(),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            use_cache=use_cache,
+        )
+        pairs = zip(prompts, rows, strict=True)
+        return [Generation(tuple(row), self._continuation(list(prompt), row)) for prompt, row in pairs]
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         """The new tokens' text. Decoded with the prompt, as some decoders drop the space at the start of a text."""

@@ -7,7 +7,7 @@ import torch
 from mistudio.errors import ConfigError, SAEError
 from mistudio.lm import Generation, LanguageModel, Site
 from mistudio.sae import SAE, Transcoder
-from mistudio.steer.methods import Features, steering_edit, steering_vector
+from mistudio.steer.features import Features, steering_edit, steering_vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def compare(
         site=str(site),
         features=features,
         delta_norm=steering_vector(sae, features).double().norm().item(),
-        prompt_norm=_prompt_norm(lm, site, prompt),
+        prompt_norm=prompt_norm(lm, site, prompt),
         edits_fired=edits.fired[site],
         unsteered=unsteered,
         steered=steered,
@@ -109,7 +109,8 @@ def _check(lm: LanguageModel, sae: SAE, site: Site, temperature: float, samples:
         )
 
 
-def _prompt_norm(lm: LanguageModel, site: Site, prompt: str) -> float | None:
+def prompt_norm(lm: LanguageModel, site: Site, prompt: str) -> float | None:
+    """Mean ‖h‖ at `site` over the prompt, unsteered, without BOS, EOS and PAD; None where nothing else is in it."""
     tokens = torch.tensor([lm.to_tokens(prompt)], device=lm.device)
     ordinary = ~lm.is_special(tokens)
     if not bool(ordinary.any()):

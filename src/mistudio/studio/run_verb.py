@@ -156,6 +156,6 @@ def show(result: Result) -> RenderableType:
     feature = result.steering.feature if result.steering else 0
     strength = result.steering.strength if result.steering else 10.0
     parts.append(
-        f'  mistudio steer "Once upon a time" --sae {folder} --feature {feature} --strength {strength:.3g} --samples 3'
+        f'  mistudio steer "Once upon a time" --sae {folder} --feature {feature} --strength {strength:.3g} --seeds 3'
     )
     return Group(*parts)

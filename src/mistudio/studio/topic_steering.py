@@ -1,8 +1,10 @@
 """The demo's proof that steering steers: the share of a topic's words, steered, unsteered and under random features.
 
-The feature is the one that best matches a topic (`topic sea`, …), chosen on labelled text before anything is
-generated; its strength is a fixed multiple of its largest activation. Each control is a random live feature of equal
-strength, a fresh one for each story.
+Each topic's candidate is the feature that best matches it on labelled text (`topic sea`, …). A feature that detects a
+topic need not write it, so a pilot with a few stories a topic picks the one to steer with; what is reported is measured
+on other stories, of other seeds. The strength is a fixed multiple of the feature's largest activation. Each control is
+a random live feature of about the same maximum and of equal strength, a fresh one for each story. Effects are
+differences of shares, story by story.
 """
 
 import re
@@ -10,22 +12,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mistudio.errors import TextError
 from mistudio.features import Match
-from mistudio.lm import Edit
+from mistudio.lm import Site
 from mistudio.lm.stories import word_labels
-from mistudio.progress import progress_bar
-from mistudio.sae import SAE
-from mistudio.steer import Features, compare, random_controls, steering_vector
+from mistudio.steer import (
+    STEERED,
+    UNSTEERED,
+    Arm,
+    Interval,
+    Lab,
+    Push,
+    effect,
+    prompt_norm,
+    random_feature_arm,
+    write_arms,
+)
 from mistudio.studio.recipe import SteerStage
+from mistudio.studio.steer_lab import load_lab
 from mistudio.studio.steer_verb import side_by_side
-from mistudio.studio.workspace import feature_stats, load_sae
 
 WORD = re.compile(r"[A-Za-z]+")
+PILOT_SEEDS = range(1_000_000, 1_000_004)
+"""Seeds of the pilot's stories, a few a topic; the stories that are reported have others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,8 @@ class TopicSteering:
     """The same with the feature."""
     share_random: float
     """The same with a random live feature of equal strength."""
+    effect: Interval
+    """Share steered minus share under random features, the mean over stories with its 95% interval."""
     unsteered: list[str]
     """The stories."""
     steered: list[str]
@@ -61,60 +75,67 @@ class TopicSteering:
 
 
 def run(folder: Path, matches: Sequence[Match], stage: SteerStage) -> TopicSteering:
-    """Steers towards the topic that has the best-matching feature. TextError: no match is about a topic."""
-    match = next((m for m in sorted(matches, key=lambda m: -m.f1) if m.concept.startswith("topic ")), None)
-    if match is None:
+    """Steers towards the topic that the pilot picked. TextError: no match is about a topic."""
+    candidates = [match for match in matches if match.concept.startswith("topic ")]
+    if not candidates:
         raise TextError("No matched concept is a topic; steering the demo needs the labelled text `stories`.")
+    lab, site = load_lab(folder, None)
+    match = pilot(lab, site, candidates, stage)
     topic = match.concept.removeprefix("topic ")
-    lm, sae, site = load_sae(folder, None)
-    stats = feature_stats(folder)
-    strength = stage.strength_of_max * float(stats.max[match.feature])
-    wanted = ((match.feature, strength),)
-    controls = random_controls(sae, stats.density, wanted, n=stage.samples, seed=stage.seed)
-    with progress_bar("steer", 3, "arms of stories") as bar:
-        arms = compare(
-            lm,
-            sae,
-            stage.prompt,
-            wanted,
-            site=site,
-            max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature,
-            seed=stage.seed,
-            samples=stage.samples,
-        )
-        bar.advance(2)
-        with lm.editing({site: one_control_a_row(sae, controls)}):
-            random = lm.generate(
-                stage.prompt,
-                max_new_tokens=stage.max_new_tokens,
-                samples=stage.samples,
-                temperature=stage.temperature,
-                seed=stage.seed,
-            )
-        bar.advance()
-    unsteered, steered, controlled = ([g.text for g in arm] for arm in (arms.unsteered, arms.steered, random))
+    push = _push(match, site, stage)
+    random = random_feature_arm(lab, (push,), seeds=stage.samples, draw=stage.seed)
+    rows = write_arms(
+        lab,
+        [stage.prompt],
+        [Arm(name=UNSTEERED), Arm(name=STEERED, pushes=((push,),)), random],
+        seeds=range(stage.seed, stage.seed + stage.samples),
+        max_new_tokens=stage.max_new_tokens,
+        temperature=stage.temperature,
+    )
+    unsteered, steered, controlled = (
+        [row.text for row in rows if row.arm == arm] for arm in (UNSTEERED, STEERED, random.name)
+    )
+    strength = lab.number(push)
+    by_story = [[topic_share([text], topic) for text in texts] for texts in (steered, controlled)]
     return TopicSteering(
         topic=topic,
         feature=match.feature,
         strength=strength,
-        delta_norm=arms.delta_norm,
-        prompt_norm=arms.prompt_norm,
+        delta_norm=strength * float(lab.direction(push).norm()),
+        prompt_norm=prompt_norm(lab.lm, site, stage.prompt),
         samples=stage.samples,
         prompt=stage.prompt,
         share_unsteered=topic_share(unsteered, topic),
         share_steered=topic_share(steered, topic),
         share_random=topic_share(controlled, topic),
+        effect=effect(by_story[0], by_story[1:]),
         unsteered=unsteered,
         steered=steered,
         random=controlled,
     )
 
 
-def one_control_a_row(sae: SAE, controls: Sequence[Features]) -> Edit:
-    """An edit that steers row i of the batch by `controls[i]`."""
-    vectors = torch.stack([steering_vector(sae, control) for control in controls])[:, None]  # [N, 1, D]
-    return lambda h: h + vectors.to(h)
+def pilot(lab: Lab, site: Site, candidates: Sequence[Match], stage: SteerStage) -> Match:
+    """The candidate whose feature raises its topic's share most, over one batch with a few stories a candidate."""
+    arms = [Arm(name=match.concept, pushes=((_push(match, site, stage),),)) for match in candidates]
+    rows = write_arms(
+        lab,
+        [stage.prompt],
+        arms,
+        seeds=PILOT_SEEDS,
+        max_new_tokens=stage.max_new_tokens,
+        temperature=stage.temperature,
+    )
+
+    def share(match: Match) -> float:
+        texts = [row.text for row in rows if row.arm == match.concept]
+        return topic_share(texts, match.concept.removeprefix("topic "))
+
+    return max(candidates, key=share)
+
+
+def _push(match: Match, site: Site, stage: SteerStage) -> Push:
+    return Push(feature=match.feature, strength=stage.strength_of_max, unit="max", site=str(site))
 
 
 def topic_share(texts: Sequence[str], topic: str) -> float:
@@ -138,6 +159,7 @@ def show(result: TopicSteering) -> RenderableType:
         Text(
             f"Share of {result.topic} words over {result.samples} stories an arm: "
             f"unsteered {result.share_unsteered:.1%}, "
-            f"steered {result.share_steered:.1%}, random feature of equal strength {result.share_random:.1%}{ratio}"
+            f"steered {result.share_steered:.1%}, random feature of equal strength {result.share_random:.1%}{ratio}; "
+            f"effect {result.effect.mean:+.1%} [{result.effect.low:+.1%}, {result.effect.high:+.1%}] a story"
         ),
     )
