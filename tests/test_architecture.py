@@ -11,7 +11,7 @@ ROWS = (
     {"lm", "store", "sae", "metrics"},
     {"hub"},
     {"collect", "train", "evaluate", "features", "steer"},
-    {"recipes"},
+    {"recipes", "plan"},
     {"studio"},
     {"cli", "web"},
 )

@@ -1,6 +1,12 @@
 """Collection: the rows are the model's, from the train part, each once; and interrupting it changes nothing."""
 
 import logging
+import os
+import random
+import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +135,39 @@ def test_an_interrupted_collection_equals_one_never_interrupted(cfg, lm, tmp_pat
     assert digest(cfg.out) == digest(tmp_path / "whole")
 
 
+def killed_collection(cfg: CollectConfig, lm: LanguageModel, after_s: float) -> bool:
+    """Whether a process that goes on with the collection is killed, by the system, after so many seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, after_s)
+        collect(cfg, lm)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize(("every_s", "bucket_rows"), [(0.0, 200), (0.0, 30), (0.01, 200)])
+def test_a_collection_killed_at_twenty_moments_equals_one_never_killed(
+    cfg, lm, tmp_path, monkeypatch, every_s, bucket_rows
+):
+    monkeypatch.setattr(mistudio.collect, "CHECKPOINT_EVERY_S", every_s)
+    ask = replace(cfg, resume=True, bucket_rows=bucket_rows)
+    start = time.monotonic()
+    collect(replace(ask, out=tmp_path / "whole"), lm)
+    whole_s = time.monotonic() - start
+    draw, kills = random.Random(bucket_rows), 0
+    while kills < 20:
+        if not killed_collection(ask, lm, draw.uniform(0.0005, whole_s * 0.6)):
+            assert digest(cfg.out) == digest(tmp_path / "whole")
+            shutil.rmtree(cfg.out)  # it finished between two kills: begin again
+        else:
+            kills += 1
+    collect(ask, lm)
+    assert digest(cfg.out) == digest(tmp_path / "whole")
+
+
 def test_a_resume_of_a_finished_collection_changes_nothing(cfg, lm):
     collect(cfg, lm)
     before = digest(cfg.out)
@@ -209,3 +248,69 @@ def test_a_disk_too_small_for_gemma_scope_is_said_before_any_weights_are_read(tm
     with pytest.raises(StoreError, match=r"need 36,912\.0 GB"):
         collect(cfg)
     assert not out.exists()
+
+
+def test_more_tokens_can_be_collected_into_a_finished_store_and_equal_one_longer_collection(cfg, lm, tmp_path):
+    """650 rows end inside a batch, whose other rows must come first in what follows."""
+    collect(replace(cfg, tokens=650), lm)
+    collect(replace(cfg, tokens=900, append=True), lm)
+    extended = collect(replace(cfg, tokens=1100, append=True), lm)
+    long = collect(replace(cfg, tokens=1100, bucket_rows=275, out=tmp_path / "long"), lm)
+    assert extended.manifest.checksums == long.manifest.checksums
+    assert extended.manifest.token_rows == long.manifest.token_rows
+    assert extended.manifest.plan == long.manifest.plan
+    assert extended.scale(SITES[0]) == pytest.approx(long.scale(SITES[0]), rel=1e-14)
+    again = digest(cfg.out)
+    assert collect(replace(cfg, tokens=1100, append=True), lm).rows == 1100
+    assert digest(cfg.out) == again
+
+
+def test_an_interrupted_append_goes_on(cfg, lm, tmp_path, monkeypatch):
+    collect(cfg, lm)
+    monkeypatch.setattr(mistudio.collect, "CHECKPOINT_EVERY_S", 0.0)
+    run, left = lm.run, iter(range(3))
+
+    def killed(*args, **kwargs):
+        if next(left, None) is None:
+            raise _KillError
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm, "run", killed)
+        with pytest.raises(_KillError):
+            collect(replace(cfg, tokens=1100, append=True), lm)
+    with pytest.raises(StoreError, match=r"of 1,100 rows"):
+        Store.open(cfg.out)
+    extended = collect(replace(cfg, tokens=1100, append=True), lm)
+    long = collect(replace(cfg, tokens=1100, bucket_rows=275, out=tmp_path / "long"), lm)
+    assert extended.manifest.checksums == long.manifest.checksums
+
+
+def test_an_append_with_another_setting_or_fewer_rows_is_refused(cfg, lm):
+    collect(cfg, lm)
+    with pytest.raises(StoreError, match=r"held_out = 0\.25; this run wants 0\.5"):
+        collect(replace(cfg, append=True, tokens=1100, held_out=0.5), lm)
+    with pytest.raises(StoreError, match="row_dtype = 'float32'"):
+        collect(replace(cfg, append=True, tokens=1100, row_dtype="int8"), lm)
+    with pytest.raises(StoreError, match="700 rows in 4 buckets; it cannot become one of 400"):
+        collect(replace(cfg, append=True, tokens=400), lm)
+
+
+def test_a_write_that_fails_in_the_background_stops_the_collection_with_its_error(cfg, lm, monkeypatch):
+    def full(*_):
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr("mistudio.store.shard.Shard.write", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        collect(cfg, lm)
+
+
+def test_the_threads_of_a_collection_end_with_it(cfg, lm):
+    before = threading.active_count()
+    collect(cfg, lm)
+    with (
+        lm.editing({Site(1, "resid_post"): lambda h: h / 0}),
+        pytest.raises(StoreError),
+    ):
+        collect(replace(cfg, out=cfg.out / "other"), lm)
+    assert threading.active_count() == before

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from mistudio.errors import ConfigError, StoreError
 from mistudio.store import Position, Store, StoreWriter
+from mistudio.store.extend import bucket_rows_to_extend
+from mistudio.store.writer import make_plan
 
 A, B = "layers.3.resid_post", "layers.3.attn_z"
 PORTION = 17  # rows a write
@@ -252,7 +254,7 @@ def test_an_interrupted_store_equals_one_never_interrupted(tmp_path, whole, kill
     assert digest(path) == digest(whole)
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "write_manifest", "Path.unlink"])
+@pytest.mark.parametrize("step", ["write_statistics", "write_manifest", "Path.unlink"])
 def test_a_kill_while_finishing_is_made_good(tmp_path, whole, monkeypatch, step):
     path = tmp_path / "s"
     with StoreWriter.create(path, **settings_of()) as writer:
@@ -276,6 +278,7 @@ def test_a_kill_before_the_first_checkpoint_is_made_good(tmp_path, whole):
     path.mkdir()
     (path / ".lock").write_text("")
     (path / ".progress.json.1.tmp").write_text("{")
+    (path / "statistics-0.safetensors").write_bytes(b"")
     with StoreWriter.resume(path, **settings_of()) as writer:
         write(writer, 200)
         writer.finish()
@@ -416,17 +419,21 @@ def test_an_unfinished_store_says_how_far_it_got_and_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2; this mistudio reads version 1"),
+        ({"version": 3}, "version 3; this mistudio reads version 1 and 2"),
+        ({"version": 1}, "version 1 with checksums"),
+        ({"checksums": None}, "version 2 without checksums"),
+        ({"checksums": {}}, "checksums does not hold"),
         ({"format": "zip"}, "does not describe a mistudio store"),
         ({"surprise": 1}, "unknown key surprise"),
         ({"rows": 201}, "rows is 201, but the buckets hold 200"),
         ({"bucket_sizes": [200]}, "bucket_sizes"),
         ({"bucket_sizes": [-1, 201, 0, 0, 0]}, "bucket_sizes"),
         ({"seed": "5"}, "seed: wanted int"),
-        ({"dtype": "bfloat16"}, "float32"),
+        ({"dtype": "float8"}, "float32, bfloat16, float16, int8"),
         ({"sites": {A: {"width": 3, "scale": float("nan")}}}, "scale"),
-        ({"sites": {A: {"width": 3, "scale": 1.0}}}, "statistics.safetensors does not hold"),
+        ({"sites": {A: {"width": 3, "scale": 1.0}}}, "checksums does not hold"),
         ({"sites": {A: {"width": 3, "scale": 1.0}, B: {"width": 2, "scale": 1.0}}}, "manifest.json says 1.0"),
+        ({"statistics_sha256": "0"}, "SHA-256"),
     ],
 )
 def test_a_manifest_that_is_not_exactly_right_is_refused(whole, changes, message):
@@ -467,3 +474,170 @@ def test_damaged_statistics_are_refused(whole):
     save_file({"x": torch.zeros(2)}, whole / "statistics.safetensors")
     with pytest.raises(StoreError, match="does not hold"):
         Store.open(whole)
+
+
+# ---- checksums and versions
+
+
+def test_a_flipped_bit_is_found_at_the_first_read_and_names_the_shard(whole):
+    path = whole / B / "00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    store = Store.open(whole)
+    store.bucket(B, 2)
+    with pytest.raises(StoreError, match=r"attn_z/00003\.safetensors: SHA-256 of its .* rows is"):
+        store.bucket(B, 3)
+    with pytest.raises(StoreError, match=r"attn_z/00003"):
+        next(store.feed(B, 200, seed=0))
+
+
+def test_the_checksums_are_those_of_the_files_without_their_headers(whole):
+    for name, checksums in Store.open(whole).manifest.checksums.items():
+        for bucket, checksum in enumerate(checksums):
+            data = (whole / name / f"{bucket:05d}.safetensors").read_bytes()
+            assert hashlib.sha256(data[256:]).hexdigest() == checksum
+
+
+def as_version_1(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksums"], manifest["statistics_sha256"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+
+
+def test_a_finished_store_of_version_1_is_read(whole):
+    expected = next(Store.open(whole).feed(A, 50, seed=3))
+    as_version_1(whole)
+    store = Store.open(whole)
+    assert (store.manifest.version, store.manifest.checksums) == (1, None)
+    assert torch.equal(next(store.feed(A, 50, seed=3)), expected)
+
+
+def test_an_unfinished_store_of_version_1_is_refused_in_one_sentence(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
+        write(writer, 200, until=4)
+    progress = json.loads((tmp_path / "s" / "progress.json").read_text())
+    (tmp_path / "s" / "progress.json").write_text(json.dumps({**progress, "version": 1}))
+    with pytest.raises(StoreError, match="version 1; this mistudio reads version 2"):
+        StoreWriter.resume(tmp_path / "s", **settings_of())
+
+
+# ---- number types of rows
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_rows_come_back_as_the_number_type_keeps_them(tmp_path, whole, dtype):
+    exact, store = Store.open(whole), make(tmp_path / "s", row_dtype=dtype)
+    for bucket in range(5):
+        rows, kept = torch.from_numpy(exact.bucket(A, bucket).copy()), torch.from_numpy(store.bucket(A, bucket))
+        if dtype == "int8":
+            step = rows.abs().amax(1, keepdim=True) / 127
+            assert ((kept - rows).abs() <= step * 0.5001).all()
+        else:
+            assert torch.equal(kept, rows.to(getattr(torch, dtype)).float())
+    assert np.array_equal(exact.where(0), store.where(0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_scale_and_feed_are_those_of_the_rows_as_kept(tmp_path, dtype):
+    store = make(tmp_path / "s", row_dtype=dtype)
+    kept = np.concatenate([store.bucket(A, k) for k in range(5)])
+    assert store.scale(A) == pytest.approx(np.sqrt((kept.astype(np.float64) ** 2).sum(1).mean()), rel=1e-13)
+    got = next(store.feed(A, 200, seed=1)).numpy()
+    expected = kept / np.float32(store.scale(A))
+    assert np.array_equal(got[np.lexsort(got.T)], expected[np.lexsort(expected.T)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_an_interrupted_store_of_any_number_type_equals_one_never_interrupted(tmp_path, dtype):
+    make(tmp_path / "whole", row_dtype=dtype)
+    with StoreWriter.create(tmp_path / "s", **settings_of(row_dtype=dtype)) as writer:
+        write(writer, 200, until=7)
+    with StoreWriter.resume(tmp_path / "s", **settings_of(row_dtype=dtype)) as writer:
+        write(writer, 200)
+        writer.finish()
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+
+
+def test_shards_of_every_number_type_are_safetensors_files(tmp_path):
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+    for dtype, kind in types.items():
+        make(tmp_path / dtype, row_dtype=dtype)
+        assert load_file(tmp_path / dtype / A / "00001.safetensors")["rows"].dtype == kind
+    assert load_file(tmp_path / "int8" / A / "00001.row_scale.safetensors")["row_scale"].shape[1] == 1
+
+
+def test_a_number_too_large_for_float16_is_refused_with_the_types_that_hold_it(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of(row_dtype="float16")) as writer:
+        values, where = portion(0)
+        values[B][3, 0] = 1e5
+        with pytest.raises(StoreError, match=r"values beyond the range of float16 in row 3.*bfloat16 or float32"):
+            writer.write(values, where)
+
+
+def test_zero_rows_and_tiny_rows_survive_int8(tmp_path):
+    with StoreWriter.create(tmp_path / "s", **settings_of(rows=17, row_dtype="int8")) as writer:
+        values, where = portion(0)
+        values[B][0], values[B][1] = 0, 1e-40
+        writer.write(values, where)
+        store = writer.finish()
+    assert (store.bucket(B, 0)[:2] == 0).all()
+
+
+# ---- appending
+
+
+def make_longer(path: Path, rows: int, bucket_rows: int, until: int | None = None) -> None:
+    changed = settings_of(rows, bucket_rows)
+    plan = make_plan(**changed)
+    with StoreWriter.extend(path, plan) as writer:
+        # a portion that the finished store cut short goes on where it was cut
+        if writer.rows % PORTION:
+            values, where = portion(writer.rows // PORTION)
+            begun = writer.rows % PORTION
+            writer.write({site: v[begun:] for site, v in values.items()}, where[begun:])
+            writer.checkpoint(writer.cursor)
+        writer.cursor = writer.rows // PORTION
+        write(writer, rows, until=until)
+        if writer.rows == rows:
+            writer.finish()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_extended_store_equals_one_longer_collection(tmp_path, whole, interrupted):
+    make(tmp_path / "long", rows=400, bucket_rows=80)
+    if interrupted:
+        make_longer(whole, 400, 80, until=15)
+        with pytest.raises(StoreError, match="did not finish"):
+            Store.open(whole)
+    make_longer(whole, 400, 80)
+    one, other = digest(whole), digest(tmp_path / "long")
+    different = {name for name in one | other if one.get(name) != other.get(name)}
+    assert different <= {"manifest.json", "statistics.safetensors"}
+    extended, long = Store.open(whole), Store.open(tmp_path / "long")
+    assert extended.manifest.checksums == long.manifest.checksums
+    assert extended.scale(A) == pytest.approx(long.scale(A), rel=1e-14)
+    assert torch.allclose(extended.mean(A), long.mean(A))
+
+
+def test_a_kill_while_a_store_is_reopened_leaves_a_store_that_can_be_extended(tmp_path, whole, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mistudio.store.extend.Path.unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_longer(whole, 400, 80)
+    assert Store.open(whole).rows == 200
+    make_longer(whole, 400, 80)
+    assert Store.open(whole).rows == 400
+
+
+def test_the_bucket_size_for_more_rows_keeps_the_number_of_buckets(tmp_path, whole):
+    assert bucket_rows_to_extend(whole, 400) == 80
+    assert bucket_rows_to_extend(tmp_path / "none", 400) is None
+    make(tmp_path / "small", rows=20, bucket_rows=2)
+    with pytest.raises(StoreError, match=r"10 buckets, and 31 rows .* Ask for 40 rows"):
+        bucket_rows_to_extend(tmp_path / "small", 31)
+    with pytest.raises(StoreError, match="200 rows in 5 buckets; it cannot become one of 100 in 5"):
+        StoreWriter.extend(whole, make_plan(**settings_of(100, 20)))

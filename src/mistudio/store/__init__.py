@@ -2,13 +2,34 @@
 
 path/manifest.json                         what the store holds; written last, so that it means "complete"
 path/statistics.safetensors                mean and second moment of every site, float64
-path/layers.3.resid_post/00000.safetensors tensor "rows" [R, D] float32; one file a bucket
+path/layers.3.resid_post/00000.safetensors tensor "rows" [R, D] in the store's row dtype; one file a bucket
+path/layers.3.resid_post/00000.row_scale.safetensors   with int8 only: tensor "row_scale" [R, 1] float32
 path/where/00000.safetensors               tensor "where" [R, 3] int32: token id, document, offset in the document
 path/progress.json, statistics-N.safetensors, .lock   only while a collection is unfinished
 """
 
+from mistudio.store.copy import convert, merge, split
+from mistudio.store.feed import Feed, FeedOptions, JointFeed, Position
 from mistudio.store.manifest import Manifest
-from mistudio.store.reader import Feed, Position, Store
+from mistudio.store.reader import Store
+from mistudio.store.ring import RingFeed
+from mistudio.store.upkeep import remove, stores_in, summary, verify
 from mistudio.store.writer import StoreWriter
 
-__all__ = ["Feed", "Manifest", "Position", "Store", "StoreWriter"]
+__all__ = [
+    "Feed",
+    "FeedOptions",
+    "JointFeed",
+    "Manifest",
+    "Position",
+    "RingFeed",
+    "Store",
+    "StoreWriter",
+    "convert",
+    "merge",
+    "remove",
+    "split",
+    "stores_in",
+    "summary",
+    "verify",
+]

@@ -6,7 +6,7 @@ one that never stopped.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,16 +14,19 @@ from typing import Any, Final, TypeVar
 from mistudio.config import from_dict, to_dict
 from mistudio.errors import ConfigError, StoreError
 from mistudio.files import read_json, write_json
+from mistudio.store.dtypes import check_dtype, site_row_bytes
 from mistudio.store.order import bucket_count, check_seed
+from mistudio.store.shard import bucket_shards
 
 FORMAT: Final = "mistudio-store"
-VERSION: Final = 1
+VERSION: Final = 2
+"""2: checksums, and rows in other number types than float32. Finished stores of version 1 are read too."""
 T = TypeVar("T")
 
 
-def row_bytes(widths: Mapping[str, int]) -> int:
-    """Bytes that one row takes over all sites: 4 a number, and 12 for where it comes from."""
-    return 4 * sum(widths.values()) + 12
+def row_bytes(widths: Mapping[str, int], dtype: str = "float32") -> int:
+    """Bytes that one row takes over all sites, and 12 for where it comes from."""
+    return sum(site_row_bytes(width, dtype) for width in widths.values()) + 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,12 @@ class Plan:
     """Site -> width of its rows."""
     source: dict[str, Any]
     """Where the rows come from: the settings of the collection, as plain data."""
+    row_dtype: str = "float32"
+    """Number type of the rows on disk."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_dtype(self.row_dtype)
         counts = {"context": self.context, "expected_rows": self.expected_rows, "bucket_rows": self.bucket_rows}
         for name, count in counts.items():
             if count < 1:
@@ -67,7 +73,7 @@ class Plan:
     @property
     def row_bytes(self) -> int:
         """`row_bytes` of its sites."""
-        return row_bytes(self.widths)
+        return row_bytes(self.widths, self.row_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,7 @@ class Manifest:
     mistudio_version: str
     """The mistudio that finished the store."""
     dtype: str
-    """Number type of the rows: float32."""
+    """Number type of the rows: float32, bfloat16, float16 or int8."""
     model: str
     """Name of the language model."""
     context: int
@@ -112,11 +118,17 @@ class Manifest:
     """Site -> width and scale."""
     source: dict[str, Any]
     """Where the rows come from: the settings of the collection, as plain data."""
+    checksums: dict[str, tuple[str, ...]] | None = None
+    """Site, site/row_scale or where -> SHA-256 of each bucket's rows (`Shard.hash`). None: version 1 had none."""
+    statistics_sha256: str | None = None
+    """SHA-256 of statistics.safetensors. None: version 1 had none."""
 
     def __post_init__(self) -> None:
         plan = self.plan  # its checks hold here too
-        if self.dtype != "float32":
-            raise ConfigError(f"dtype {self.dtype!r}, but rows are float32.")
+        if (self.version == 1) != (self.checksums is None) or (self.version == 1) != (self.statistics_sha256 is None):
+            raise ConfigError(f"version {self.version} with{'out' if self.checksums is None else ''} checksums.")
+        if self.version == 1 and self.dtype != "float32":
+            raise ConfigError(f"dtype {self.dtype!r}, but rows of version 1 are float32.")
         if len(self.bucket_sizes) != plan.n_buckets or min(self.bucket_sizes) < 0:
             raise ConfigError(f"bucket_sizes does not hold one size for each of the {plan.n_buckets} buckets.")
         if sum(self.bucket_sizes) != self.rows or self.rows < 1:
@@ -124,6 +136,10 @@ class Manifest:
         for site, info in self.sites.items():
             if not (math.isfinite(info.scale) and info.scale > 0):
                 raise ConfigError(f"the scale of {site} is {info.scale}.")
+        if self.checksums is not None:
+            names = set(bucket_shards(Path(), 0, plan.widths, self.dtype))
+            if set(self.checksums) != names or any(len(c) != len(self.bucket_sizes) for c in self.checksums.values()):
+                raise ConfigError(f"checksums does not hold one for each bucket of {', '.join(sorted(names))}.")
 
     @property
     def plan(self) -> Plan:
@@ -136,6 +152,7 @@ class Manifest:
             bucket_rows=self.bucket_rows,
             widths={site: info.width for site, info in self.sites.items()},
             source=self.source,
+            row_dtype=self.dtype,
         )
 
 
@@ -182,7 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished store. StoreError: none there (it says how far the collection got), or not valid."""
     path = folder / "manifest.json"
     if path.is_file():
-        return _read(Manifest, path)
+        return _read(Manifest, path, (1, VERSION))
     if (folder / "progress.json").is_file():
         progress = read_progress(folder)
         raise StoreError(
@@ -195,29 +212,31 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_progress(folder: Path) -> Progress:
     """The last checkpoint of an unfinished store. StoreError: it is not valid."""
-    return _read(Progress, folder / "progress.json")
+    return _read(Progress, folder / "progress.json", (VERSION,))
 
 
-def refuse_difference(path: Path, found: Plan, wanted: Plan) -> None:
-    """Nothing. StoreError: the collection at `path` was asked for something else, naming the first difference."""
+def refuse_difference(path: Path, found: Plan, wanted: Plan, *, besides: Container[str] = ()) -> None:
+    """Nothing. StoreError: the collection at `path` was asked for something else, naming the first difference but
+    those in `besides`."""
     old, new = ({**plan.source, **to_dict(plan), "source": None} for plan in (found, wanted))
     for name in new | old:
-        if old.get(name) != new.get(name):
+        if name not in besides and old.get(name) != new.get(name):
             raise StoreError(
                 f"{path} was collected with {name} = {old.get(name)!r}; this run wants {new.get(name)!r}. Continue "
                 f"with the old setting, or collect into another folder."
             )
 
 
-def _read(cls: type[T], path: Path) -> T:
+def _read(cls: type[T], path: Path, versions: tuple[int, ...]) -> T:
     try:
         data = read_json(path)
         version = data.get("version") if isinstance(data, dict) and data.get("format") == FORMAT else None
         if version is None:
             raise StoreError(f'{path} does not describe a mistudio store: "format" is not "{FORMAT}".')
-        if version != VERSION:
+        if version not in versions:
+            readable = " and ".join(map(str, versions))
             raise StoreError(
-                f"{path} has version {version!r}; this mistudio reads version {VERSION}. Use the one that wrote it."
+                f"{path} has version {version!r}; this mistudio reads version {readable}. Use the one that wrote it."
             )
         return from_dict(cls, data, source=str(path))
     except ConfigError as error:

@@ -14,7 +14,7 @@ order of a resumed run.
 from typing import Final
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Bool, Int64, UInt64
 from numpy.random import Philox
 
 from mistudio.errors import ConfigError
@@ -22,6 +22,7 @@ from mistudio.errors import ConfigError
 _SCATTER: Final = 1
 _BUCKETS: Final = 2
 _ROWS: Final = 3
+_DOCUMENTS: Final = 4
 
 
 def bucket_count(rows: int, bucket_rows: int) -> int:
@@ -58,6 +59,11 @@ def locate(sizes: Int64[np.ndarray, " K"], seed: int, epoch: int, offset: int) -
     place = int(np.searchsorted(ends, offset, side="right"))  # "right" steps over empty buckets
     bucket = int(order[place])
     return bucket, offset - int(ends[place] - sizes[bucket])
+
+
+def chosen_documents(seed: int, documents: int, fraction: float) -> Bool[np.ndarray, " N"]:
+    """Whether each of the documents 0 ... documents-1 is among those chosen, each with probability `fraction`."""
+    return (_draws(seed, _DOCUMENTS, (0, 0, 0, 0), documents) >> np.uint64(11)) * 2.0**-53 < fraction
 
 
 def check_seed(seed: int) -> None:

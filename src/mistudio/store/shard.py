@@ -5,19 +5,29 @@ The header has a fixed size, padded with spaces as the format allows, so that it
 number of rows is known; while the file grows it says zero rows. Every safetensors reader can open a finished shard.
 """
 
+import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from mistudio.errors import StoreError
+from mistudio.store.dtypes import ROW_SCALE, ROWS, TENSORS
 
 PREFIX_BYTES: Final = 256  # 8 bytes of header length, then the header
-_DTYPES: Final = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),  # its bits
+    "F16": np.dtype("<f2"),
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+}
+_READ_AT_ONCE: Final = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +36,9 @@ class Shard:
 
     path: Path
     tensor: str
-    """The tensor's name: "rows" or "where"."""
+    """The tensor's name: rows, row_scale or where."""
     dtype: str
-    """As safetensors writes it: F32 or I32."""
+    """As safetensors writes it: F32, BF16, F16, I8 or I32."""
     width: int
 
     @property
@@ -53,12 +63,15 @@ class Shard:
             )
         os.truncate(self.path, self.total_bytes(rows))
 
-    def write(self, row: int, values: np.ndarray) -> None:
-        """`values` [n, width] are rows row ... row+n-1. StoreError: the disk refuses them."""
+    def to_bytes(self, values: np.ndarray) -> memoryview:
+        """The bytes of `values` [n, width] in the file."""
+        return np.ascontiguousarray(values, dtype=_DTYPES[self.dtype]).reshape(-1).view(np.uint8).data
+
+    def write(self, row: int, left: memoryview) -> None:
+        """`left`, as `to_bytes` gives it, is in the file from row `row` on. StoreError: the disk refuses it."""
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(self.total_bytes(row))
-                left = np.ascontiguousarray(values, dtype=_DTYPES[self.dtype]).data.cast("B")
                 while left:
                     left = left[file.write(left) :]
         except OSError as error:
@@ -88,6 +101,28 @@ class Shard:
             raise StoreError(
                 f"{self.path} has {found:,} bytes; manifest.json says {rows:,} rows of {self.width}, "
                 f"which is {expected:,} bytes. {_DAMAGED}"
+            )
+
+    def hash(self, rows: int) -> "hashlib._Hash":
+        """SHA-256 of the bytes of the first `rows` rows, that is of the file without its header; more can be added.
+
+        The header is left out because it is rewritten at the end; `map` compares it byte by byte.
+        """
+        found, left = hashlib.sha256(), rows * self.row_bytes
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(PREFIX_BYTES)
+            while left and (piece := file.read(min(left, _READ_AT_ONCE))):
+                found.update(piece)
+                left -= len(piece)
+        return found
+
+    def check_hash(self, rows: int, expected: str) -> None:
+        """Nothing. StoreError: the bytes of the rows are not those that were written; O(size), reads them all."""
+        found = self.hash(rows).hexdigest()
+        if found != expected:
+            raise StoreError(
+                f"{self.path}: SHA-256 of its {rows:,} rows is {found[:12]}..., manifest.json says {expected[:12]}... "
+                f"{_DAMAGED}"
             )
 
     def map(self, rows: int) -> np.ndarray:
@@ -122,11 +157,31 @@ class Shard:
 _DAMAGED: Final = "The store is damaged or mixed with another one; copy it again or collect it again."
 
 
-def site_shard(folder: Path, site: str, bucket: int, width: int) -> Shard:
-    """The shard with the rows of one site in one bucket."""
-    return Shard(path=folder / site / f"{bucket:05d}.safetensors", tensor="rows", dtype="F32", width=width)
+def site_shards(folder: Path, site: str, bucket: int, width: int, dtype: str) -> dict[str, Shard]:
+    """Tensor -> shard of one site in one bucket: "rows", and for int8 also "row_scale"."""
+    names = {ROWS: f"{bucket:05d}.safetensors", ROW_SCALE: f"{bucket:05d}.{ROW_SCALE}.safetensors"}
+    widths = {ROWS: width, ROW_SCALE: 1}
+    return {
+        tensor: Shard(path=folder / site / names[tensor], tensor=tensor, dtype=stored_as, width=widths[tensor])
+        for tensor, stored_as in TENSORS[dtype].items()
+    }
 
 
 def where_shard(folder: Path, bucket: int) -> Shard:
     """The shard that says, for each row of one bucket, where it comes from: token id, document, offset."""
     return Shard(path=folder / "where" / f"{bucket:05d}.safetensors", tensor="where", dtype="I32", width=3)
+
+
+def shard_name(site: str, tensor: str) -> str:
+    """What the checksums in manifest.json call a site's shards: the site, or site/row_scale."""
+    return site if tensor == ROWS else f"{site}/{tensor}"
+
+
+def bucket_shards(folder: Path, bucket: int, widths: Mapping[str, int], dtype: str) -> dict[str, Shard]:
+    """Name (`shard_name`, or "where") -> shard of everything in one bucket."""
+    found = {
+        shard_name(site, tensor): shard
+        for site, width in widths.items()
+        for tensor, shard in site_shards(folder, site, bucket, width, dtype).items()
+    }
+    return {**found, "where": where_shard(folder, bucket)}
