@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from mistudio.collect import StreamConfig
 from mistudio.config import to_dict
 from mistudio.errors import ConfigError
-from mistudio.studio import run_verb, train_verb
+from mistudio.studio import run_verb, train_live_verb, train_verb
 from mistudio.studio.demo_verb import demo_recipe
 from mistudio.studio.recipe import CollectStage, ConceptStage, EvalStage, Recipe, SAEStage, SteerStage, load_recipe
 from mistudio.studio.topic_steering import topic_share
+from mistudio.train.state import TrainState
 
 SITES = ("layers.1.resid_post", "layers.1.attn_z")
 OPTIONS = {"steps": 12, "batch_rows": 128, "target_l0": 16, "checkpoint_every": 5, "log_every": 4}
@@ -113,3 +115,31 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(example), str(tmp_path), "3000"])
     runpy.run_path(str(example))
     assert "delta loss" in capsys.readouterr().out
+
+
+def test_an_sae_is_trained_straight_from_the_model_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    def config(out, resume=False):
+        options = {"steps": 9, "batch_rows": 64, "target_l0": 16, "checkpoint_every": 4, "log_every": 3}
+        return train_live_verb.Config(
+            source=StreamConfig(site=SITES[0], context=64, buffer_rows=300, lm_batch_rows=2),
+            width=48,
+            out=out,
+            train=train_verb.train_config("quick", options),
+            resume=resume,
+        )
+
+    result = train_live_verb.run(config(tmp_path / "whole"))
+    assert result.rows == 9 * 64
+    update = TrainState.update
+
+    def cut_short(state, x):
+        if state.step == 6:
+            raise KeyboardInterrupt
+        return update(state, x)
+
+    monkeypatch.setattr(TrainState, "update", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        train_live_verb.run(config(tmp_path / "cut"))
+    monkeypatch.setattr(TrainState, "update", update)
+    train_live_verb.run(config(tmp_path / "cut", resume=True))
+    assert (tmp_path / "cut/sae.safetensors").read_bytes() == (tmp_path / "whole/sae.safetensors").read_bytes()

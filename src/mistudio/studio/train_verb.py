@@ -1,12 +1,13 @@
 """`mistudio train`: a JumpReLU SAE on one site of a store, folded to raw units when it is done."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import RenderableType
+from torch import Tensor
 
 from mistudio import recipes
 from mistudio.config import from_dict, to_dict
@@ -87,17 +88,24 @@ def run(config: Config) -> Result:
         scale=store.scale(config.site),
     )
     feed = store.feed(config.site, config.train.batch_rows, seed=config.train.seed)
-    mean = (store.mean(config.site) / store.scale(config.site)).float()
-    sae = initial_sae(sae_config, config.train)
-    outcome = train(sae, feed, config.train, folder=config.out, resume=config.resume, mean=mean)
-    plot_training(outcome.history, config.train, config.out / "training.png")
-    differences = recipes.differences(config.train)
-    write_json(config.out / "differences_from_gemma_scope.json", to_dict(differences))
+    return train_on(feed, sae_config, store.mean(config.site), config.train, config.out, config.resume)
+
+
+def train_on(
+    feed: Iterable[Tensor], sae_config: SAEConfig, mean: Tensor, cfg: TrainConfig, out: Path, resume: bool
+) -> Result:
+    """Trains on normalised batches, whose raw mean is `mean`; the SAE and the run's records are then in `out`."""
+    assert sae_config.scale is not None
+    sae = initial_sae(sae_config, cfg)
+    outcome = train(sae, feed, cfg, folder=out, resume=resume, mean=(mean / sae_config.scale).float())
+    plot_training(outcome.history, cfg, out / "training.png")
+    differences = recipes.differences(cfg)
+    write_json(out / "differences_from_gemma_scope.json", to_dict(differences))
     return Result(
-        sae=str(config.out),
-        site=config.site,
+        sae=str(out),
+        site=str(sae_config.hook_name),
         steps=outcome.steps,
-        rows=outcome.steps * config.train.batch_rows,
+        rows=outcome.steps * cfg.batch_rows,
         final=outcome.history[-1] if outcome.history else {},
         differences=differences,
     )

@@ -42,6 +42,7 @@ VERBS: dict[str, str] = {
     "store split": "a store as two, by document",
     "store rm": "a store taken away",
     "train": "a JumpReLU SAE on one site of a store",
+    "train-live": "a JumpReLU SAE straight from the model, with no store between",
     "eval": "L0, FVU, delta loss and feature statistics of an SAE on held-out text",
     "concepts": "which features match the labelled concepts of the demo stories",
     "steer": "text written with features added to the model, beside text without",

@@ -8,7 +8,7 @@ from mistudio.train.log import Metrics
 
 
 def plot_training(history: Sequence[Metrics], cfg: TrainConfig, path: Path) -> Path:
-    """`path`, a PNG with three panels: the loss (log scale), the L0 with its target if there is one, and the FVU."""
+    """`path`, a PNG with three panels: the loss, the L0 with its target if there is one, and the FVU, in log scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -19,7 +19,9 @@ def plot_training(history: Sequence[Metrics], cfg: TrainConfig, path: Path) -> P
         figure.subplots(1, 3), ("loss", "l0", "fvu"), ("loss", "L0, features a token", "FVU in the batch"), strict=True
     ):
         axes.plot(steps, [line[name] for line in history], color="#0f766e", marker=".", linewidth=1.2, markersize=4)
-        axes.set(title=title, xlabel="step", yscale="log" if name != "fvu" else "linear")
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if name == "l0" else "")
         axes.grid(alpha=0.25)
         if name == "l0" and cfg.target_l0 is not None:
             axes.axhline(cfg.target_l0, color="#b45309", linestyle="--", linewidth=1, label=f"target {cfg.target_l0:g}")
