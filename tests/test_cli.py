@@ -86,6 +86,16 @@ def test_the_recipe_flag_sets_what_the_other_flags_start_from():
     assert (config.recipe, config.train.steps, config.train.bandwidth) == ("gemma_scope", 5, 0.001)
 
 
+def test_a_required_group_of_settings_keeps_its_own_defaults():
+    flags = ["--source.site", "layers.0.resid_post", "--width", "8", "--out", "o"]
+    config, _ = cli.parse(load_verb("train-live"), flags)
+    assert (config.source.site, config.source.model, config.source.buffer_rows) == (
+        "layers.0.resid_post",
+        "demo",
+        1_000_000,
+    )
+
+
 def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("breadth: 8\n")

@@ -105,7 +105,7 @@ def parse(verb: Verb, arguments: list[str]) -> tuple[Any, bool]:
     config = tyro.cli(
         verb.config,
         prog=f"mistudio {verb.name}",
-        description=f"{VERBS[verb.name].capitalize()}.",
+        description=f"{VERBS[verb.name][0].upper()}{VERBS[verb.name][1:]}.",
         args=rest,
         default=_defaults(verb.config, start, given, str(known.config)),
     )
@@ -124,6 +124,8 @@ def _defaults(cls: type, start: dict[str, Any], given: dict[str, Any], source: s
     instance: Any = object.__new__(cls)
     for name, field in fields.items():
         value = start.get(name, _field_default(field))
+        if value is tyro.MISSING and dataclasses.is_dataclass(hints[name]):
+            value = _defaults(hints[name], {}, {}, source)
         if name in given:
             over = given[name]
             merged = {**to_dict(value), **over} if isinstance(over, dict) and dataclasses.is_dataclass(value) else over
