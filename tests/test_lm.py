@@ -1,6 +1,7 @@
 """The language model beyond its sites: edits that go wrong, generation, tokens, loading."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -334,3 +335,17 @@ def test_soft_capped_attention_through_sdpa_is_refused():
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ModelError, match="eager"):
         LanguageModel(model, tiny_tokenizer(), name="tiny")
+
+
+def test_threads_that_read_at_once_get_their_own_rows():
+    lm = tiny_lm()
+    sites = [Site(0, "resid_post"), Site(1, "mlp_out")]
+    tokens = torch.randint(4, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    alone = {site: lm.run(tokens, read=[site]).activations[site] for site in sites}
+
+    def read(turn):
+        site = sites[turn % 2]
+        return torch.equal(lm.run(tokens, read=[site]).activations[site], alone[site])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(40)))

@@ -3,7 +3,8 @@
 An edit is a function of the activation `h` [N, T, W]: it returns the tensor that takes the place of `h`, or None to
 leave it. It must not change `h` in place, since a reader may hold the same memory; that is found out and refused.
 Edits at one site run in the order in which their blocks were opened, each on what the one before returned. Hooks sit
-on the model itself, so every forward pass inside the block is edited, whoever calls it: one thread at a time.
+on the model itself, so every forward pass inside the block is edited, whoever calls it; `LanguageModel` lets other
+threads wait until the block ends.
 
 An edit that depends on the token or its position reads both from a `Pass`: with the cache, h alone does not tell.
 """

@@ -4,10 +4,11 @@ Tokens are rows [N, T] that begin with BOS. No attention mask is passed: pad on 
 since causal attention then never lets padding reach a token. Gradients are off throughout.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,7 @@ from mistudio.lm.site import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -55,6 +57,7 @@ class LanguageModel:
         self._check_parts()
         self.bos_id, self.eos_id, self.pad_id = _special_ids(tokenizer, name)
         self.special_ids = frozenset({self.bos_id, self.eos_id, self.pad_id})
+        self._turn = threading.RLock()
 
     @staticmethod
     def load(
@@ -105,7 +108,7 @@ class LanguageModel:
             raise ModelError("The run was asked for nothing: name sites in read=[...], or set logits=True.")
         rows = self._rows(tokens)
         found: dict[Site, Tensor] = {}
-        with ExitStack() as stack:
+        with self._turn, ExitStack() as stack:
             for site in wanted:
                 stack.callback(attach(*self._point(site), _keeper(site, found, 0 if logits else len(wanted))).remove)
             try:
@@ -121,11 +124,17 @@ class LanguageModel:
         look. Blocks nest: the inner edit sees what the outer one returned. The block's value counts: `.fired[site]`.
         EditError: an edit raised, returned another shape, dtype or device, wrote into h, or never fired.
         """
-        return edited({site: self._point(site) for site in edits}, edits)
+        return self._alone(edited({site: self._point(site) for site in edits}, edits))
 
     def following(self) -> AbstractContextManager[Pass]:
         """A block whose value tells, while a forward pass runs, which tokens it is fed and at which positions."""
-        return followed(self.model)
+        return self._alone(followed(self.model))
+
+    @contextmanager
+    def _alone(self, block: AbstractContextManager[T]) -> Iterator[T]:
+        """The block, while other threads wait: hooks sit on the model itself, so theirs would see our passes."""
+        with self._turn, block as value:
+            yield value
 
     def token_losses(self, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "N T-1"]:
         """Cross-entropy in nats of token t+1 given the tokens up to t, at column t; the softmax is in float32."""
@@ -210,15 +219,16 @@ class LanguageModel:
                 temperature=temperature,
                 seed=seed,
             )
-        rows = new_tokens(
-            self.model,
-            prompts,
-            streams=streams,
-            stop=self._stop_ids(),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            use_cache=use_cache,
-        )
+        with self._turn:
+            rows = new_tokens(
+                self.model,
+                prompts,
+                streams=streams,
+                stop=self._stop_ids(),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                use_cache=use_cache,
+            )
         pairs = zip(prompts, rows, strict=True)
         return [Generation(tuple(row), self._continuation(list(prompt), row)) for prompt, row in pairs]
 
