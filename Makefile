@@ -5,10 +5,10 @@ BIN := .venv/bin
 .PHONY: demo demo-fast test test-peers check bench clean
 
 demo: .venv/.installed        ## the whole pipeline on the bundled model, offline, in less than five minutes on 2 cores
-	$(BIN)/mistudio demo --workspace workspace/demo
+	$(BIN)/mistudio demo --workspace workspace/demo --resume
 
 demo-fast: .venv/.installed   ## the same in its shortest form, under a minute
-	$(BIN)/mistudio demo --fast --workspace workspace/demo-fast
+	$(BIN)/mistudio demo --fast --workspace workspace/demo-fast --resume
 
 test: .venv/.installed-dev    ## the tests
 	$(BIN)/python -m pytest
@@ -21,8 +21,11 @@ check: .venv/.installed-dev   ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-dev   ## the benchmarks; each prints ratios measured in one run
+bench: .venv/.installed-dev workspace/demo/summary.json   ## the benchmarks; each prints ratios measured in one run
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+workspace/demo/summary.json:
+	$(MAKE) demo
 
 clean:
 	rm -rf .venv .venv-peers workspace

@@ -1,6 +1,6 @@
 """Does steering steer? For every topic of the little world, the best feature's effect against random controls.
 
-    python benchmarks/steer_topics.py SAE_FOLDER [--seeds 24] [--out results.json]
+    python benchmarks/steer_topics.py [SAE_FOLDER] [--seeds 24] [--out results.json]    # default: that of `make demo`
 
 For each topic: the features that raise the probability of its words most are found (`toward`); the best of them and its
 strength are chosen on one set of seeds, as the largest share of the topic's words at a cross-entropy rise of at most
@@ -79,7 +79,7 @@ def choose(lab: Lab, site: Site, words: set[str], scores: torch.Tensor) -> Push 
 def main() -> None:
     """One line a topic, and how many count."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sae", type=Path)
+    parser.add_argument("sae", type=Path, nargs="?", default=Path("workspace/demo/saes/layers.2.resid_post"))
     parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

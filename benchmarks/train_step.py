@@ -1,4 +1,4 @@
-"""What a training step costs over its matrix products: time of a step / time of five B·D·F products, in one run.
+"""What a dense training step costs over its matrix products: time of a step / time of five B·D·F products, in one run.
 
     python benchmarks/train_step.py [--width 1536] [--rounds 20]
 
@@ -7,6 +7,7 @@ the rest: thresholds, the kernel window, the loss, Adam, the decoder's constrain
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     D, F = args.d_model, args.width
-    cfg = recipes.quick()
+    cfg = dataclasses.replace(recipes.quick(), engine="dense")
     state = TrainState(initial_sae(SAEConfig(d_model=D, d_sae=F, scale=1.0), cfg), cfg)
     torch.manual_seed(0)
     x = torch.randn(cfg.batch_rows, D) / D**0.5
