@@ -21,7 +21,7 @@ check: .venv/.installed-dev   ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-dev workspace/demo/summary.json   ## the benchmarks; each prints ratios measured in one run
+bench: .venv/.installed-dev .venv-peers/.installed workspace/demo/summary.json   ## the benchmarks; each prints ratios measured in one run
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 workspace/demo/summary.json:

@@ -15,6 +15,7 @@ from mistudio.hub.names import resolve
 from mistudio.lm import Site
 from mistudio.sae import JumpReLUSAE, SAEConfig, Transcoder, TranscoderConfig
 from mistudio.steer import compare
+from mistudio.studio import sae_self_check_verb
 from mistudio.studio.sae_self_check_verb import check
 from tiny_models import tiny_lm
 
@@ -125,3 +126,24 @@ def test_a_transcoder_is_neither_evaluated_nor_steered_with():
         evaluate(lm, transcoder, site, torch.full((1, 4), 9))
     with pytest.raises(SAEError, match="transcoder"):
         compare(lm, transcoder, "a", ((0, 1.0),), site=site)
+
+
+def test_the_self_check_measures_through_the_model_and_fails_an_sae_that_is_not_what_its_name_says(monkeypatch):
+    entry = dataclasses.replace(resolve("gemma-2-2b/20-gemmascope-res-16k"), model="demo", layer=2)
+    config = SAEConfig(d_model=192, d_sae=64, hook_name="layers.2.resid_post")
+    monkeypatch.setattr(sae_self_check_verb, "resolve", lambda name: entry)
+    monkeypatch.setattr(sae_self_check_verb, "load_sae", lambda name: JumpReLUSAE(config))
+    result = sae_self_check_verb.run(sae_self_check_verb.Config(name="x", text="stories", rows=2, context=32))
+    (l0,) = result.checks
+    assert (l0.known, l0.source) == (71, "the SAE's name")
+    assert 0 < l0.measured < 64
+    assert l0.passed == (abs(l0.measured - 71) <= 0.25 * 71)
+    assert sae_self_check_verb.failed(result) == (not l0.passed)
+    assert "demo" not in result.sae
+
+
+def test_a_transcoder_has_no_self_check(monkeypatch):
+    with pytest.raises(HubError, match="no SAE of one site"):
+        sae_self_check_verb.run(
+            sae_self_check_verb.Config(name="gemma-2-2b/19-gemmascope-transcoder-16k", text="stories")
+        )

@@ -41,7 +41,7 @@ def config() -> Gemma2Config:
         intermediate_size=768,
         query_pre_attn_scalar=64,
         sliding_window=128,
-        max_position_embeddings=512,
+        max_position_embeddings=CONTEXT,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
         pad_token_id=0,
@@ -193,7 +193,7 @@ def export(folder: Path) -> None:
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     fast = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 512,
+        "model_max_length": CONTEXT,
         "clean_up_tokenization_spaces": False,
     }
     (DEMO / "tokenizer_config.json").write_text(json.dumps(special | fast, indent=2) + "\n")
