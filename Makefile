@@ -45,5 +45,6 @@ clean:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet 'torch>=2.6,<2.14'
 	.venv-peers/bin/python -m pip install --quiet 'sae-lens==6.54.12'
+	.venv-peers/bin/python -m pip install --quiet --no-deps 'dictionary-learning==0.1.0'  # its pins are of other times; only its trainers are used
 	-.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@

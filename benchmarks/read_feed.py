@@ -1,6 +1,6 @@
 """How fast a shuffled feed reads: bytes a second of `store.feed` / those of a plain sequential read of the same files.
 
-    python benchmarks/read_feed.py [--rows 200000] [--width 576] [--rounds 5] [--prefetch 2]
+    python benchmarks/read_feed.py [--rows 200000] [--width 576] [--rounds 5] [--prefetch 2] [--threads 2]
 
 Warm: the files are in the page cache. Cold: they were dropped from it (posix_fadvise) before each reading. The plain
 read takes 4 MiB at a time into one buffer and does nothing with it. The feed checks SHA-256 at the first read of a
@@ -64,9 +64,9 @@ def plain(store: Store) -> None:
                 pass
 
 
-def feed(store: Store, prefetch: int) -> None:
+def feed(store: Store, prefetch: int, threads: int | None) -> None:
     """About every row once, in a shuffled order."""
-    batches = store.feed(SITE, BATCH, seed=1, how=FeedOptions(prefetch=prefetch))
+    batches = store.feed(SITE, BATCH, seed=1, how=FeedOptions(prefetch=prefetch, threads=threads))
     for _ in range(store.rows // BATCH):
         next(batches)
 
@@ -85,20 +85,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefetch", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="that gather rows; left out: as many as torch uses, at most 4")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s"
-        size = make(path, args.rows, args.width).rows * args.width * 4
+        store = make(path, args.rows, args.width)
+        size = store.rows * args.width * 4
+        feed(store, 0, args.threads)  # loops are compiled before the clock runs
         for cold in (True, False):
             for first in (True, False):
                 rates = []
                 for _ in range(args.rounds + 1):
                     store = Store.open(path)
                     if not first:
-                        feed(store, 0)
+                        feed(store, 0, args.threads)
                     if cold:
                         drop(store)
-                    shuffled = seconds(lambda store=store: feed(store, args.prefetch))
+                    shuffled = seconds(lambda store=store: feed(store, args.prefetch, args.threads))
                     if cold:
                         drop(store)
                     rates.append((size / shuffled / 1e9, size / seconds(lambda store=store: plain(store)) / 1e9))

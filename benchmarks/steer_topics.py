@@ -35,7 +35,8 @@ from mistudio.studio.steer_lab import load_lab
 
 PROMPT = "Once upon a time"
 SLOTS = ("Once upon a time, near the", "Once upon a time there was a girl who loved the", "One day she saw a")
-CANDIDATES, STRENGTHS, CE_BOUND, TOKENS, TEMPERATURE = 10, (0.7, 1.0, 1.5, 2.0, 2.5), 0.5, 40, 0.7
+CANDIDATES, CE_BOUND, TOKENS, TEMPERATURE = 16, 0.5, 40, 0.7
+ROUGH, STRENGTHS = (1.5, 3.0), (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 
 
 def topic_words() -> dict[str, set[str]]:
@@ -70,9 +71,9 @@ def choose(lab: Lab, site: Site, words: set[str], scores: torch.Tensor) -> Push 
         return Push(feature=feature, strength=strength, unit="max", site=str(site))
 
     candidates = scores.nan_to_num(-1).topk(CANDIDATES).indices.tolist()
-    rough = tried(lab, site, words, [push(i, s) for i in candidates for s in (1.0, 2.0)], range(1000, 1006))
-    best = list(dict.fromkeys(p.feature for _, p in rough))[:2]
-    fine = tried(lab, site, words, [push(i, s) for i in best for s in STRENGTHS], range(2000, 2016)) if best else []
+    rough = tried(lab, site, words, [push(i, s) for i in candidates for s in ROUGH], range(1000, 1012))
+    best = list(dict.fromkeys(p.feature for _, p in rough))[:3]
+    fine = tried(lab, site, words, [push(i, s) for i in best for s in STRENGTHS], range(2000, 2032)) if best else []
     return fine[0][1] if fine else None
 
 

@@ -1,127 +1,193 @@
-"""Our training step beside SAELens 6.54.12's JumpReLU step, on the same weights and the same batch, in one run.
+"""Our training step beside the peers' JumpReLU steps, on the same weights and the same batch, in one run.
 
-    python benchmarks/step_vs_peers.py [--size 16k|64k|small] [--rounds 2]
+    python benchmarks/step_vs_peers.py [--size 16k|64k|131k|small|all] [--rounds 2] [--threads N] [--json FILE]
 
-SAELens runs in an environment of its own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another),
-a process for float32 and one for bfloat16 autocast; ours runs before and after them. Both start from the
-planted state of `step.py`. Its step is what its trainer does: forward, the firing statistics, backward, clipping,
-Adam, zeroed gradients. The ratio is SAELens's median over ours; memory is the peak resident size of each process
-beyond what it had before its first step, which for SAELens includes its optimiser's state and for us too.
+Peers: SAELens 6.54.12 and dictionary_learning 0.1.0, each in float32 and in bfloat16 autocast, from an environment of
+their own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another). All start from the planted state
+of `step.py`. Every mode is a process of its own, one at a time; ours runs before and after them, so that a change of
+the machine's speed is seen. One step before the timed ones is not counted. The ratio is the peer's median over ours.
+
+Memory is the most that is resident during a step beyond what the process had before it loaded the state: weights,
+batch, the optimiser's state, gradients and everything in between. A peer that the machine's memory is too small for is
+reported as such. The floor is the encoder's product alone, in bfloat16.
 """
 
 import argparse
 import json
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from peers.step import OUT_OF_MEMORY, load_state, peak_bytes
+from safetensors.torch import save_file
+from step import SIZES, machine, planted, product
 
 ROOT = Path(__file__).parent.parent
-BANDWIDTH = 0.001
-LR = 1e-7
+ALL_SIZES = {**SIZES, "131k": replace(SIZES["64k"], d_sae=131_072)}
+PEERS = ("saelens", "dictionary_learning")
+MODES = ("float32", "autocast")
 
 
-def timed(step, rounds: int) -> list[float]:
-    """Seconds of `rounds` steps after one that is not counted."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
-
-
-def resident_megabytes() -> float:
-    """The largest resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def peer(file: str, rounds: int, autocast: bool) -> None:
-    """Runs inside SAELens's environment: prints seconds and memory of its step as JSON."""
-    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
-
-    tensors = load_file(file)
-    x = tensors.pop("x")
-    d_in, d_sae = tensors["W_enc"].shape
-    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, jumprelu_bandwidth=BANDWIDTH))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            sae.get_parameter(name).copy_(tensor)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999))
-    since_fired, frequency = torch.zeros(d_sae), torch.zeros(d_sae)
-    before = resident_megabytes()
-
-    def step() -> None:
-        request = TrainStepInput(
-            sae_in=x, dead_neuron_mask=None, coefficients={"l0": 1e-3}, n_training_steps=1, is_logging_step=False
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = sae.training_forward_pass(step_input=request)
-            with torch.no_grad():
-                firing = output.feature_acts.bool().float()
-                since_fired.add_(1)[firing.sum(-2).bool()] = 0
-                frequency.add_(firing.sum(0))
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    print(json.dumps({"seconds": timed(step, rounds), "peak": resident_megabytes() - before}))
-
-
-def ours(size_name: str, rounds: int, file: Path) -> dict[str, object]:
-    """Our seconds before and after the peer's, and the peer's own."""
-    from step import SIZES, planted, stepper  # beside this file
-
-    sae, x, cfg = planted(SIZES[size_name])
+def plant(size: str, file: str) -> None:
+    """Writes weights and batch; the training configuration is the same in every process."""
+    sae, x, _ = planted(ALL_SIZES[size])
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters() if name != "theta"}
     save_file({**tensors, "threshold": sae.theta.detach(), "x": x}, file)
-    before = resident_megabytes()
-    run = stepper(sae, x, cfg, "sparse")
-    seconds = timed(run, rounds)
-    peak = resident_megabytes() - before
-    peers = {mode: ask_peer(file, rounds, mode) for mode in ("float32", "autocast")}
-    seconds += timed(run, rounds)
-    return {"ours": {"seconds": seconds, "peak": peak}, **peers}
 
 
-def ask_peer(file: Path, rounds: int, mode: str) -> dict[str, object]:
-    """SAELens's seconds and memory in one mode, from a process of its own."""
-    python = os.environ.get("MISTUDIO_SAELENS_PYTHON", str(ROOT / ".venv-peers/bin/python"))
-    command = [python, __file__, "--peer", str(file), "--rounds", str(rounds), "--mode", mode]
+def ours(size: str, file: str, rounds: int) -> dict[str, object]:
+    """Seconds and memory of our step, seconds of the floor; in a process of its own."""
+    from mistudio.sae import JumpReLUSAE, SAEConfig
+    from mistudio.train import TrainConfig
+    from mistudio.train.state import TrainState
+
+    rows = ALL_SIZES[size].rows
+    cfg = TrainConfig(
+        steps=1000, batch_rows=rows, sparsity_weight=1e-3, sparsity_warmup_steps=0, lr=1e-7, lr_warmup_steps=0,
+        bandwidth=0.001, log_threshold=False, engine="sparse",
+    )  # fmt: skip
+    before = peak_bytes(reset=True)
+    tensors = load_state(file)
+    x = tensors.pop("x")
+    tensors["theta"] = tensors.pop("threshold")
+    D, F = tensors["W_enc"].shape
+    sae = JumpReLUSAE(SAEConfig(d_model=D, d_sae=F, scale=1.0, pre_encoder_bias=True), tensors)
+    del tensors
+    state = TrainState(sae, cfg)
+    state.update(x)
+    peak_bytes(reset=True)
+    seconds = timed(lambda: state.update(x), rounds)
+    found: dict[str, object] = {"seconds": seconds, "bytes": peak_bytes() - before}
+    multiply = product(x, sae.W_enc.detach().T, torch.bfloat16)
+    multiply()
+    return {**found, "floor": timed(multiply, rounds)}
+
+
+def timed(run, rounds: int) -> list[float]:
+    """Seconds of each call."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def ask_ours(size: str, file: Path, rounds: int) -> dict:
+    """Our side's answer."""
+    command = [sys.executable, __file__, "--size", size, "--rounds", str(rounds), "--ours", str(file)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        sys.exit(f"SAELens's side failed; `make test-peers` makes its environment.\n{answer.stderr[-2000:]}")
+        sys.exit(f"Our side failed.\n{answer.stderr[-3000:]}")
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+def ask_peer(file: Path, peer: str, mode: str, rounds: int) -> dict:
+    """A peer's answer; `failed` says why there is none."""
+    python = os.environ.get("MISTUDIO_SAELENS_PYTHON", str(ROOT / ".venv-peers/bin/python"))
+    if not Path(python).exists():
+        sys.exit(f"There is no {python}; `make test-peers` makes it, or set MISTUDIO_SAELENS_PYTHON.")
+    command = [python, str(Path(__file__).parent / "peers/step.py"), str(file), peer, mode, str(rounds)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):
+        return {"failed": "does not fit into this machine's memory"}
+    if answer.returncode:
+        return {"failed": answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else "no reason given"}
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def measure(size: str, rounds: int) -> dict:
+    """Everybody's seconds and bytes at one size; ours before and after the peers."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state.safetensors"
+        subprocess.run([sys.executable, __file__, "--size", size, "--plant", str(file)], check=True)
+        found = {"ours": ask_ours(size, file, rounds)}
+        for peer in PEERS:
+            for mode in MODES:
+                found[f"{peer} {mode}"] = ask_peer(file, peer, mode, rounds)
+        after = ask_ours(size, file, rounds)
+    for name in ("seconds", "floor"):
+        found["ours"][name] += after[name]
+    return found
+
+
+def compare(found: dict) -> dict:
+    """Medians, and for every peer's mode and for the best of them: their seconds / ours, their bytes / ours."""
+    own = found["ours"]
+    mine, floor = statistics.median(own["seconds"]), statistics.median(own["floor"])
+    modes = {}
+    for name, answer in found.items():
+        if name == "ours" or "failed" in answer:
+            continue
+        seconds = statistics.median(answer["seconds"])
+        modes[name] = {"seconds": seconds, "ratio": seconds / mine, "memory_ratio": answer["bytes"] / own["bytes"]}
+    best = min(modes.values(), key=lambda mode: mode["seconds"], default=None)
+    return {
+        "ours": mine, "floor": floor, "over_floor": mine / floor, "modes": modes,
+        "best": best and best["ratio"], "least_memory": min((m["memory_ratio"] for m in modes.values()), default=None),
+    }  # fmt: skip
+
+
+def report(size: str, found: dict) -> None:
+    """Prints a size's table."""
+    shape, result, own = ALL_SIZES[size], compare(found), found["ours"]
+    print(f"{size}: D={shape.d_model} F={shape.d_sae} B={shape.rows} L0={shape.l0:g}")
+    low, high = min(own["seconds"]), max(own["seconds"])
+    print(f"  ours: {result['ours']:.3f} s ({low:.3f}-{high:.3f}), {own['bytes'] / 1e6:,.0f} MB")
+    print(f"  floor (bfloat16 encoder product): {result['floor']:.3f} s; ours is {result['over_floor']:.2f} times that")
+    for name, answer in found.items():
+        if name == "ours":
+            continue
+        if "failed" in answer:
+            print(f"  {name}: {answer['failed']}")
+            continue
+        mode = result["modes"][name]
+        print(
+            f"  {name}: {mode['seconds']:.2f} s, {mode['ratio']:.1f} x ours; {answer['bytes'] / 1e6:,.0f} MB, "
+            f"{mode['memory_ratio']:.1f} x ours"
+        )
+    if result["best"]:
+        print(
+            f"  the fastest mode of all: {result['best']:.1f} x ours; the smallest: {result['least_memory']:.1f} x ours"
+        )
 
 
 def main() -> None:
     """Prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="16k")
+    parser.add_argument("--size", choices=[*ALL_SIZES, "all"], default="16k")
+    parser.add_argument("--small", action="store_true", help="the same as --size small --rounds 1")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plant", help=argparse.SUPPRESS)
+    parser.add_argument("--ours", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peer:
-        peer(args.peer, args.rounds, args.mode == "autocast")
+    threads = args.threads or int(os.environ.get("BENCH_THREADS", "0"))
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ["BENCH_THREADS"] = str(threads)
+    if args.plant:
+        plant(args.size, args.plant)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        results = ours(args.size, args.rounds, Path(folder) / "state.safetensors")
-    own = results.pop("ours")
-    mine = statistics.median(own["seconds"])
-    print(f"{args.size}: our sparse step {mine:.2f} s, peak {own['peak']:,.0f} MB")
-    for name, found in results.items():
-        theirs = statistics.median(found["seconds"])
-        print(f"  SAELens {name}: {theirs:.2f} s, {theirs / mine:.1f} × ours; peak {found['peak']:,.0f} MB")
+    if args.ours:
+        print(json.dumps(ours(args.size, args.ours, args.rounds)))
+        return
+    sizes = ["small"] if args.small else ["16k", "64k", "131k"] if args.size == "all" else [args.size]
+    print(machine(), flush=True)
+    results = {}
+    for size in sizes:
+        results[size] = measure(size, 1 if args.small else args.rounds)
+        report(size, results[size])
+    if args.json:
+        args.json.write_text(json.dumps({**machine(), "sizes": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,17 @@ import mistudio
 
 PACKAGE = Path(mistudio.__file__).parent
 ROWS = (
-    {"errors", "config", "files", "progress"},
+    {"errors", "config", "files", "progress", "mesh"},
     {"lm", "store", "sae", "metrics"},
     {"hub"},
     {"collect", "train", "evaluate", "features", "steer"},
-    {"recipes", "plan"},
+    {"recipes", "plan", "cluster"},
     {"studio"},
     {"cli", "web"},
+    {"__main__"},
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-WITHIN_ROW_0 = {("config", "errors"), ("files", "errors")}
+WITHIN_ROW_0 = {("config", "errors"), ("files", "errors"), ("mesh", "errors")}
 
 
 def imports(path):

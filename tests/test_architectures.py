@@ -104,9 +104,9 @@ def test_a_wrong_weight_is_refused(architecture):
         type(sae)(sae.config, weights)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "jumprelu"])
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("jumprelu", "transcoder")])
 @pytest.mark.parametrize("training", [{"scale": 2.0}, {"pre_encoder_bias": True}, {"log_threshold": True}])
-def test_only_jumprelu_has_a_training_form(architecture, training):
+def test_only_jumprelu_saes_and_transcoders_have_a_training_form(architecture, training):
     with pytest.raises(ConfigError, match="training JumpReLU SAEs only"):
         make(architecture, **training)
 

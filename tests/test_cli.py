@@ -46,6 +46,10 @@ def test_every_verb_explains_every_flag(capsys, verb):
         (["steer", "Once", "--sae", "s", "--feature", "1", "2", "--strength", "3"], "2 features and 1 strengths"),
         (["collect", "--sites", "layers.0.nose", "--tokens", "9", "--out", "o"], "nose"),
         (["collect", "--config", "none.yaml"], "There is no file none.yaml"),
+        (["feed", "serve", "nowhere"], "There is no activation store at nowhere"),
+        (["feed", "serve", "nowhere", "--bind", "tcp://0.0.0.0:5555"], "so a key is needed"),
+        (["feed", "ping", "tcp://127.0.0.1:1", "--wait-s", "0.2"], "tcp://127.0.0.1:1 has not answered for 0 s"),
+        (["feed", "ping", "somewhere"], "is no address of a feed server; one is tcp://HOST:PORT"),
         (["sae"], "The verbs are sae find"),
         (["sae", "fnd"], "Did you mean sae find?"),
         (

@@ -22,7 +22,7 @@ def small_sae(lm, features=24):
 def test_a_token_has_the_labels_its_characters_overlap():
     lm = tiny_lm()
     text = "the sea ."
-    labelled = label_tokens(lm, [Document(id="0", text=text, labels=(Span(4, 7, "sea"), Span(8, 9, "end")))], 16)
+    labelled = label_tokens(lm, [Document(id="0", text=text, label=lambda: (Span(4, 7, "sea"), Span(8, 9, "end")))], 16)
     pieces = [lm.tokenizer.decode([int(t)]) for t in labelled.tokens[0]]
     at = {name: labelled.labels[0, :, k] for k, name in enumerate(labelled.concepts)}
     assert labelled.concepts == ("end", "sea")

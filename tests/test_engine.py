@@ -404,6 +404,6 @@ def test_without_numba_sparse_runs_as_defined(no_numba, crossover):
     assert done.history[0]["loss"] == pytest.approx(dense.history[0]["loss"], rel=1e-4)
 
 
-def test_the_sparse_engine_is_refused_off_the_cpu():
-    with pytest.raises(TrainError, match="runs on CPUs, and the SAE is on meta"):
+def test_the_sparse_engine_is_refused_off_cpus_and_gpus():
+    with pytest.raises(TrainError, match="runs on CPUs and CUDA GPUs, and the SAE is on meta"):
         TrainState(initial_sae(SAE, CFG).to("meta"), CFG)

@@ -132,10 +132,10 @@ def test_an_sae_is_trained_straight_from_the_model_and_resumes_to_the_same_bits(
     assert result.rows == 9 * 64
     update = TrainState.update
 
-    def cut_short(state, x):
+    def cut_short(state, *given):
         if state.step == 6:
             raise KeyboardInterrupt
-        return update(state, x)
+        return update(state, *given)
 
     monkeypatch.setattr(TrainState, "update", cut_short)
     with pytest.raises(KeyboardInterrupt):

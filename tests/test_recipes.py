@@ -1,11 +1,12 @@
 """Recipes: Gemma Scope's numbers are the published ones, and quick meets its target."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from mistudio.recipes import differences, gemma_scope, quick
+from mistudio.recipes import batchtopk, differences, gemma_scope, gemma_scope_2, quick, relu, topk
 from mistudio.sae import SAEConfig
 from mistudio.train import initial_sae, train
 from mistudio.train.schedules import length_warnings
@@ -19,6 +20,22 @@ def test_gemma_scope_is_the_published_recipe():
     assert (cfg.sparsity, cfg.sparsity_weight, cfg.target_l0) == ("l0", 6e-4, None)
     assert (cfg.batch_rows, cfg.steps) == (4096, math.ceil(4e9 / 4096))
     assert (cfg.pre_encoder_bias, cfg.b_dec_init) == (True, "zero")
+
+
+def test_gemma_scope_2_differs_from_gemma_scope_in_what_its_report_says():
+    cfg = gemma_scope_2(target_l0=60.0)
+    assert (cfg.sparsity, cfg.target_l0, cfg.sparsity_warmup_steps) == ("target_token_l0", 60.0, 50_000)
+    assert cfg.frequency_limit == 0.1
+    assert cfg.frequency_weight > 0
+    assert list(cfg.prefixes) == sorted(cfg.prefixes) != []
+    assert set(differences(cfg)) == {
+        "frequency_weight",
+        "prefixes",
+        "sparsity",
+        "sparsity_warmup_steps",
+        "sparsity_weight",
+        "target_l0",
+    }
 
 
 def test_differences_name_what_is_not_gemma_scopes():
@@ -62,3 +79,32 @@ def test_quick_meets_its_target_l0_and_reconstructs():
     fvu = ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
     assert l0 == pytest.approx(4.0, rel=0.05)
     assert fvu < 0.15
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_the_frequency_penalty_leaves_no_feature_above_its_limit(weight):
+    """Without it, from a start that is half full, features stand for the data's mean and are on nearly always."""
+    cfg = dataclasses.replace(
+        quick(target_l0=6.0, steps=250, batch_rows=256),
+        b_dec_init="zero",
+        threshold_init=0.02,
+        lr=3e-3,
+        beta2=0.999,
+        frequency_weight=weight,
+    )
+    data = superposition(width=32, directions=24, active=4, rows=cfg.batch_rows)
+    sae = train(initial_sae(SAEConfig(d_model=32, d_sae=96, scale=1.0), cfg), data, cfg).sae
+    with torch.no_grad():
+        frequency = (sae.encode(torch.cat([next(data) for _ in range(16)])) > 0).float().mean(0)
+    assert (frequency > 0.1).sum() == 0 if weight else (frequency > 0.9).sum() > 0
+
+
+@pytest.mark.parametrize("recipe", [topk, batchtopk, relu])
+def test_the_other_architectures_recipes_reconstruct(recipe):
+    cfg = recipe(steps=300, batch_rows=256)
+    if cfg.k is not None:
+        cfg = dataclasses.replace(cfg, k=4, aux_k=16)
+    data = superposition(width=32, directions=48, active=3, rows=cfg.batch_rows)
+    last = train(initial_sae(SAEConfig(d_model=32, d_sae=96, scale=1.0), cfg), data, cfg).history[-1]
+    assert last["fvu"] < 0.25
+    assert last["l0"] == pytest.approx(4.0, rel=0.02) if cfg.k else last["l0"] < 24

@@ -1,4 +1,4 @@
-"""The list of entries: it is the matrix, in either order, and screening in bfloat16 misses and adds nothing."""
+"""The list of entries: it is the matrix, in either order, and screening misses and adds nothing."""
 
 import math
 import os
@@ -9,7 +9,9 @@ import torch
 from mistudio.sae.code import FeatureCode, SparseCode, select
 
 pytest.importorskip("numba")
-from mistudio.train.compiled import Screen
+from mistudio.train import screen as screening
+from mistudio.train import screen_kernels
+from mistudio.train.screen import Query, Screen, select_many
 
 BANDWIDTH = 0.02
 
@@ -120,6 +122,12 @@ def uneven_rows(B, D, F):
     return x, W
 
 
+def far_from_zero(B, D, F):
+    """Rows that have much in common, as activations do."""
+    x, W = gaussian(B, D, F, 5)
+    return x + 3 * gaussian(1, D, F, 6)[0] * D**0.5, W
+
+
 def planted(B, D, F):
     """Sums of decoder rows, read by their transposes: what a trained encoder sees."""
     W = torch.nn.functional.normalize(gaussian(1, D, F, 4)[1], dim=1)
@@ -127,27 +135,41 @@ def planted(B, D, F):
     return x / x.square().sum(1).mean().sqrt(), W
 
 
-FAMILIES = [gaussian, heavy_tails, rounding_all_one_way, rounding_up, cancellation, uneven_rows, planted]
+def one_large_number(peak):
+    def family(B, D, F):
+        """Each row has one large number, and all others are nearly half a step of integers up to `peak`, all losses
+        with one sign: the worst case of int8 (127) and int16."""
+        x, W = torch.full((B, D), 0.499), torch.full((F, D), 0.499)
+        x[:, 0] = W[:, 1] = peak
+        return x * torch.logspace(-2, 0, B)[:, None], W * torch.logspace(-1, 1, F)[:, None] * (torch.rand(F, 1) - 0.5)
+
+    family.__name__ = f"one_large_number_{peak}"
+    return family
+
+
+FAMILIES = [gaussian, heavy_tails, rounding_all_one_way, rounding_up, cancellation, uneven_rows, far_from_zero, planted,
+            one_large_number(127), one_large_number(32_512)]  # fmt: skip
+ROUNDED = [torch.int8, torch.bfloat16]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("part", [0.5, 0.02])
-def test_screening_in_bfloat16_misses_and_adds_nothing(family, part):
+def test_screening_misses_and_adds_nothing(family, part, dtype):
     torch.manual_seed(0)
     x, W = family(200, 96, 150)
     bias = torch.randn(150) * x.norm(dim=1).median() * W.norm(dim=1) / 10
     theta = thresholds(x, W, bias, part)
-    misses, adds, differences = compare(x, W, bias, theta, BANDWIDTH)
-    assert (misses, adds, differences) == (0, 0, 0)
+    assert compare(x, W, bias, theta, dtype) == (0, 0, 0)
 
 
-def compare(x, W, bias, theta, bandwidth):
-    """(missed, added, values that differ in any bit) beside screening with a margin so wide that all are computed."""
-    screened = Screen(W, torch.bfloat16).select(x, bias, None, theta, bandwidth)
-    everything = Screen(W, torch.bfloat16)
-    everything.error.fill_(1e30)
-    whole = everything.select(x, bias, None, theta, bandwidth)
+def compare(x, W, bias, theta, dtype):
+    """(missed, added, values that differ in any bit) beside computing every z."""
+    screened = Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH)
+    everything = Screen(W, torch.float32)
+    everything.widened = math.inf
+    whole = everything.select(x, bias, None, theta, BANDWIDTH)
     place = [code.indices().long() * len(x) + code.rows.long() for code in (screened, whole)]
     common = torch.isin(place[1], place[0])
     misses, adds = int((~common).sum()), int((~torch.isin(place[0], place[1])).sum())
@@ -170,50 +192,177 @@ def test_the_screened_code_is_the_float64_encoder_but_for_rounding_at_the_edge(f
     torch.testing.assert_close(code.values.double(), z.T[found.T], atol=1e-6, rtol=1e-6)
 
 
-def test_the_margin_is_tight_enough_to_be_useful():
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Candidates of every call of the kernel."""
+    counts, kernel = [], screen_kernels.screen
+
+    def recorded(*args):
+        found = kernel(*args)
+        counts.append(found[3])
+        return found
+
+    monkeypatch.setattr(screen_kernels, "screen", recorded)
+    return counts
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 3.0), (torch.bfloat16, 1.3)])
+def test_the_margin_is_tight_enough_to_be_useful(looked_at, dtype, most):
     x, W = planted(512, 256, 1000)
-    screen, theta = Screen(W, torch.bfloat16), torch.full((1000,), 0.25)
-    _, norms, cut, slope = screen._margins(x, torch.zeros(1000), theta, 0.001)
-    likely = ((screen.rounded @ x.bfloat16().T).float() + slope[:, None] * norms >= cut[:, None]).sum()
-    kept = len(screen.select(x, torch.zeros(1000), None, theta, 0.001).values)
-    assert 0 < kept <= likely < 1.3 * kept
+    kept = len(Screen(W, dtype).select(x, torch.zeros(1000), None, torch.full((1000,), 0.25), 0.001).values)
+    assert 0 < kept <= sum(looked_at) < most * kept
+
+
+def test_what_rows_have_in_common_does_not_widen_the_margin(looked_at):
+    x, W = planted(512, 256, 1000)
+    for offset in (torch.zeros(256), torch.randn(256, generator=torch.Generator().manual_seed(0))):
+        theta = 0.25 + W @ offset
+        Screen(W, torch.int8).select(x + offset, torch.zeros(1000), None, theta, 0.001)
+    blocks = len(looked_at) // 2
+    assert sum(looked_at[blocks:]) < 1.1 * sum(looked_at[:blocks])
+
+
+@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_has_the_entries_of_the_definition(dtype, bad):
+    x, W = gaussian(40, 24, 60)
+    x[7, 3] = bad
+    theta = torch.full((60,), 0.3)
+    expected = select(x, W.T, torch.zeros(60), theta, BANDWIDTH)
+    found = Screen(W, dtype).select(x, torch.zeros(60), None, theta, BANDWIDTH)
+    assert (expected.rows == 7).sum() > 10
+    assert torch.equal(found.rows, expected.rows)
+    torch.testing.assert_close(found.values, expected.values, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_product_outside_its_bound_is_noticed_and_screening_goes_on_in_float32():
+def test_a_product_outside_its_bound_is_noticed_and_that_dtype_is_not_used_again(monkeypatch):
     x, W = gaussian(64, 32, 300)
     bias, theta = torch.zeros(300), thresholds(x, W, torch.zeros(300), 0.05)
     right = Screen(W, torch.bfloat16).select(x, bias, None, theta, BANDWIDTH)
-    screen = Screen(W, torch.bfloat16)
-    screen.rounded *= 1.05  # as if the machine multiplied badly
-    with pytest.warns(UserWarning, match="screening goes on in float32"):
+    screen, multiply = Screen(W, torch.int8), screening.multiply
+    screen.dtypes = [torch.int8, torch.bfloat16, torch.float32]
+
+    def badly(a, b):
+        return (multiply(a, b) * 1.3).to(multiply(a, b).dtype)
+
+    monkeypatch.setattr(screening, "multiply", badly)
+    with pytest.warns(UserWarning, match="less accurate than float32 sums") as said:
         assert same(screen.select(x, bias, None, theta, BANDWIDTH), right)
-    assert screen.dtype == torch.float32
+    assert [str(w.message).split("; ")[1][:31] for w in said] == [
+        "screening goes on in bfloat16, ",
+        "screening goes on in float32, w",
+        "every entry is computed by itse",
+    ]
     assert same(screen.select(x, bias, None, theta, BANDWIDTH), right)
-    screen.rounded = 1.001 * W  # now in float32 too
-    with pytest.warns(UserWarning, match="every entry is computed by itself"):
-        assert same(screen.select(x, bias, None, theta, BANDWIDTH), right)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_refreshing_the_touched_rows_is_enough(dtype):
-    W = gaussian(1, 32, 300)[1]
-    screen = Screen(W, dtype)
+def test_weights_may_change_between_batches():
+    x, W = gaussian(20, 32, 300)
+    screen, theta = Screen(W, torch.int8), torch.full((300,), 0.2)
+    screen.select(x, torch.zeros(300), None, theta, BANDWIDTH)
     touched = torch.rand(300) < 0.3
     W[touched] *= -1.7
     screen.refresh(touched)
-    fresh = Screen(W, dtype)
-    assert all(torch.equal(getattr(screen, n), getattr(fresh, n)) for n in ("rounded", "norm", "error"))
-    assert torch.equal(fresh.rounded, W.to(dtype))
+    again = screen.select(x, torch.zeros(300), None, theta, BANDWIDTH)
+    assert same(again, Screen(W.clone(), torch.bfloat16).select(x, torch.zeros(300), None, theta, BANDWIDTH))
+
+
+def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again(monkeypatch):
+    """Each row has one number that is far larger than the others."""
+    monkeypatch.setattr(screening, "BLOCK_ENTRIES", 128 * 64)
+    used, multiply = [], screening.multiply
+    monkeypatch.setattr(screening, "multiply", lambda a, b: used.append(a.dtype) or multiply(a, b))
+    x, W = gaussian(64, 128, 384)
+    x[::2, 0], x[1::2, 0] = 16, -16  # which bfloat16 holds exactly
+    W[:, 0] = 0
+    bias, theta = torch.zeros(384), torch.full((384,), 0.25)
+    expected = Screen(W, torch.bfloat16).select(x, bias, None, theta, BANDWIDTH)
+    screen = Screen(W)
+    screen.dtypes = [torch.int8, torch.bfloat16, torch.float32]
+    used.clear()
+    for _ in range(screening.REST + 1):
+        assert same(screen.select(x, bias, None, theta, BANDWIDTH), expected)
+    blocks = 3 * (screening.REST + 1)
+    again = 3 * screening.REST
+    assert [i for i in range(blocks) if used[i] == torch.int8] == [0, again]
+    assert set(used) == {torch.int8, torch.bfloat16}
+
+
+# --- several SAEs
+
+
+@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+@pytest.mark.parametrize("block", [130 * 50, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_screens_that_share_a_batch_find_what_each_finds_alone(monkeypatch, dtype, block, threads):
+    monkeypatch.setattr(screening, "BLOCK_ENTRIES", block)
+    x = gaussian(50, 32, 1)[0]
+    widths, centre = (300, 20, 200, 500), 0.1 * torch.randn(32)
+    saes = [gaussian(1, 32, F, seed=F)[1] for F in widths]
+    queries = [
+        Query(0.1 * torch.randn(F), centre if F < 250 else None, 0.1 + 0.4 * torch.rand(F), bandwidth)
+        for F, bandwidth in zip(widths, (0.0, 0.1, 0.02, 0.3), strict=True)
+    ]
+    alone = [
+        Screen(W, dtype).select(x, q.b_enc, q.b_dec, q.threshold, q.bandwidth)
+        for W, q in zip(saes, queries, strict=True)
+    ]
+    torch.set_num_threads(threads)
+    try:
+        together = select_many([Screen(W, dtype) for W in saes], x, queries)
+    finally:
+        torch.set_num_threads(1)
+    assert all(len(code.values) for code in alone)
+    assert [same(*pair) for pair in zip(together, alone, strict=True)] == [True] * 4
+
+
+def test_screens_of_different_dtypes_share_a_batch():
+    x = gaussian(50, 32, 1)[0]
+    saes = [gaussian(1, 32, 90, seed=seed)[1] for seed in range(4)]
+    queries = [Query(torch.zeros(90), None, torch.full((90,), 0.3), 0.1)] * 4
+    dtypes = (torch.int8, torch.bfloat16, torch.int8, torch.float32)
+    together = select_many([Screen(*each) for each in zip(saes, dtypes, strict=True)], x, queries)
+    alone = [Screen(W, torch.float32).select(x, torch.zeros(90), None, queries[0].threshold, 0.1) for W in saes]
+    assert [same(*pair) for pair in zip(together, alone, strict=True)] == [True] * 4
+
+
+# --- the choice of a dtype
+
+
+def test_dtypes_are_tried_from_fast_to_accurate(monkeypatch):
+    for seconds, expected in (
+        ({torch.float32: 6, torch.bfloat16: 2, torch.int8: 1}, ["int8", "bfloat16", "float32"]),
+        ({torch.float32: 6, torch.bfloat16: 2, torch.int8: 1.9}, ["bfloat16", "float32"]),
+        ({torch.float32: 6, torch.bfloat16: 60, torch.int8: 1}, ["int8", "float32"]),
+        ({torch.float32: 6, torch.bfloat16: 60, torch.int8: 9}, ["float32"]),
+    ):
+        monkeypatch.setattr(screening, "_seconds", lambda dtypes, D, seconds=seconds: seconds)
+        screening.fast_dtypes.cache_clear()
+        assert [str(d).removeprefix("torch.") for d in screening.fast_dtypes(16)] == expected
+    screening.fast_dtypes.cache_clear()
+
+
+def test_int8_is_not_used_where_its_sums_are_cut_off(monkeypatch):
+    def saturating(a, b):
+        """One factor gets rid of its sign, and pairs of products are added in int16, as on processors without VNNI."""
+        pairs = ((a[:, None].int() + 128) * b[None].int()).unflatten(2, (-1, 2)).sum(3)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(2) - 128 * b.int().sum(1)
+
+    assert screening._int8_is_exact(64)
+    assert screening._int8_is_exact(7)
+    monkeypatch.setattr(screening, "multiply", saturating)
+    assert not screening._int8_is_exact(64)
 
 
 @pytest.mark.skipif("MISTUDIO_SLOW" not in os.environ, reason="a billion entries take minutes; set MISTUDIO_SLOW=1")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_missed_among_a_billion_entries(family):
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+def test_nothing_is_missed_among_a_billion_entries(family, dtype):
     B, F = 4096, 8192
     for seed in range(-(-(10**9) // (B * F * len(FAMILIES)))):
         torch.manual_seed(seed)
         x, W = family(B, 96, F)
         bias = torch.randn(F) * x.norm(dim=1).median() * W.norm(dim=1) / 10
         theta = thresholds(x, W, bias, 0.005)
-        assert compare(x, W, bias, theta, BANDWIDTH) == (0, 0, 0)
+        assert compare(x, W, bias, theta, dtype) == (0, 0, 0)

@@ -28,7 +28,7 @@ from mistudio.steer import (
     rows_tokens,
     run_experiment,
     strengths,
-    write_vector,
+    write_vectors,
 )
 from mistudio.studio import steer_run_verb, steer_verb
 from tiny_lab import PROMPT, SITE, F, live_sae, tiny_lab
@@ -202,12 +202,12 @@ def test_a_record_whose_tokens_do_not_come_again_says_where_and_fails(folder, tm
 
 
 def test_a_vector_from_a_file_steers_and_is_found_again(folder, tmp_path, capsys):
-    file = write_vector(tmp_path / "v.safetensors", torch.randn(192), site=Site(2, "resid_post"))
+    file = write_vectors(tmp_path / "v.safetensors", {Site(2, "resid_post"): torch.randn(192)}, model="demo")
     exp = tmp_path / "exp.json"
     cli.main(flags(folder, "--vector", str(file), "--strength", "3", "--compare", "--save", str(exp)))
     assert "left out: random feature" in capsys.readouterr().out
     assert steer_run_verb.run(steer_run_verb.Config(experiment=exp)).first_difference is None
-    write_vector(file, torch.ones(192), site=Site(2, "resid_post"))
+    write_vectors(file, {Site(2, "resid_post"): torch.ones(192)}, model="demo")
     with pytest.raises(ConfigError, match="is not the experiment's"):
         steer_run_verb.run(steer_run_verb.Config(experiment=exp))
 

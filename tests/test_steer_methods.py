@@ -20,7 +20,7 @@ from mistudio.steer import (
     random_direction,
     read_vector,
     steered,
-    write_vector,
+    write_vectors,
 )
 from tiny_lab import LATER, PROMPT, SITE, tiny_lab
 
@@ -247,7 +247,7 @@ def test_difference_of_means_and_pca_find_a_planted_direction(lab):
 
 def test_vectors_come_back_from_files_and_damaged_ones_are_refused(tmp_path):
     v = torch.randn(8)
-    assert torch.equal(read_vector(write_vector(tmp_path / "v.safetensors", v, site=SITE)), v)
+    assert torch.equal(read_vector(write_vectors(tmp_path / "v.safetensors", {SITE: v}, model="m")), v)
     np.savez(tmp_path / "two.npz", a=v.numpy(), b=np.zeros((2, 2)))
     assert torch.equal(read_vector(tmp_path / "two.npz", "a"), v)
     np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))

@@ -419,9 +419,9 @@ def test_an_unfinished_store_says_how_far_it_got_and_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "version 3; this mistudio reads version 1 and 2"),
+        ({"version": 4}, "version 4; this mistudio reads version 1, 2 and 3"),
         ({"version": 1}, "version 1 with checksums"),
-        ({"checksums": None}, "version 2 without checksums"),
+        ({"checksums": None}, "version 3 without checksums"),
         ({"checksums": {}}, "checksums does not hold"),
         ({"format": "zip"}, "does not describe a mistudio store"),
         ({"surprise": 1}, "unknown key surprise"),
@@ -513,12 +513,22 @@ def test_a_finished_store_of_version_1_is_read(whole):
     assert torch.equal(next(store.feed(A, 50, seed=3)), expected)
 
 
+def test_a_finished_store_of_version_2_is_read(whole):
+    expected = next(Store.open(whole).feed(A, 50, seed=3))
+    manifest = json.loads((whole / "manifest.json").read_text())
+    del manifest["ended_by"], manifest["outliers"]
+    (whole / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    store = Store.open(whole)
+    assert (store.manifest.version, store.manifest.ended_by, store.manifest.outliers) == (2, None, None)
+    assert torch.equal(next(store.feed(A, 50, seed=3)), expected)
+
+
 def test_an_unfinished_store_of_version_1_is_refused_in_one_sentence(tmp_path):
     with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
         write(writer, 200, until=4)
     progress = json.loads((tmp_path / "s" / "progress.json").read_text())
     (tmp_path / "s" / "progress.json").write_text(json.dumps({**progress, "version": 1}))
-    with pytest.raises(StoreError, match="version 1; this mistudio reads version 2"):
+    with pytest.raises(StoreError, match="version 1; this mistudio reads version 3"):
         StoreWriter.resume(tmp_path / "s", **settings_of())
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -50,6 +51,10 @@ def _run(arguments: list[str]) -> None:
     verb = load_verb(name)
     config, as_json = parse(verb, rest)
     result = verb.run(config)
+    if (
+        os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    ):  # of torchrun's processes the first one speaks
+        return
     if as_json:
         print(json.dumps(to_dict(result), indent=2, allow_nan=False))
     else:

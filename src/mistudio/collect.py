@@ -5,35 +5,41 @@ and EOS, but their rows are dropped, as Gemma Scope does (arXiv:2408.05147, sect
 other tokens.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mistudio.config import to_dict
 from mistudio.errors import ConfigError
-from mistudio.lm import LanguageModel, ModelShape, Site, TokenRow, documents, load_shape, pack
+from mistudio.lm import LanguageModel, ModelShape, Site, TokenRow, documents, load_shape, pack, separate
+from mistudio.lm.batches import Batch, Clock, FirstDocuments, batches, packed_groups, sorted_groups
 from mistudio.progress import Bar, progress_bar
 from mistudio.store import RingFeed, Store, StoreWriter
 from mistudio.store.background import Ahead, Behind
 from mistudio.store.dtypes import RowDtype
 from mistudio.store.extend import bucket_rows_to_extend
 from mistudio.store.folder import refuse_occupied, refuse_small_disk
-from mistudio.store.manifest import row_bytes
+from mistudio.store.manifest import Plan, refuse_difference, row_bytes
+from mistudio.store.outliers import FACTOR, Judged, Rows, judged
+from mistudio.store.remote import url_of
+from mistudio.store.transfer import collected_to
 from mistudio.store.writer import make_plan
 
 CHECKPOINT_EVERY_S = 30.0  # where checkpoints fall does not change a bit of the result
 LONGEST_CHOSEN_CONTEXT = 1024
 BATCHES_AHEAD = 4  # of tokens
 BATCHES_BEHIND = 2  # of activations, which are large
+ROWS_SORTED = 4096  # rows of tokens that are sorted by length together
+_ENDS = {"text": "the text, which ended early", "hours": "the time; go on with --append"}
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +51,17 @@ class CollectConfig:
     sites: tuple[str, ...]
     """Where to read, such as layers.3.resid_post, layers.3.mlp_out or layers.3.attn_z; all in one pass."""
     tokens: int
-    """Activation rows to collect, one a token and site; BOS, EOS and PAD do not count."""
+    """Activation rows to collect at most, one a token and site; BOS, EOS and PAD do not count. The number of buckets
+    follows from it."""
+    documents: int | None = None
+    """Documents of the text's train part to read at most; None: all, until another budget is spent."""
+    disk_gb: float | None = None
+    """Gigabytes (10^9 bytes) that the rows may take; None: as many as there are."""
+    hours: float | None = None
+    """Time for this run, loading the model not counted; None: no limit. The store is finished with what there is; a
+    resume after a kill has the time anew, and --append goes on later."""
     out: Path
-    """Folder of the store; new or empty, unless --resume."""
+    """Folder of the store, or URL (s3://BUCKET/PATH, gs://, hf://); new or empty, unless --resume."""
     model: str = "demo"
     """Language model: demo (in the package), a Hugging Face name or a local folder."""
     revision: str | None = None
@@ -62,8 +76,14 @@ class CollectConfig:
     """Fraction of the documents, chosen by a hash of their text, that is left for evaluation."""
     context: int | None = None
     """Tokens the model reads at a time, BOS included; None: the model's own context, at most 1,024."""
+    packing: Literal["stream", "none"] = "stream"
+    """stream: rows of `context` tokens of one document after the other. none: a row has tokens of one document only;
+    rows of about one length are read together."""
     lm_batch_rows: int = 16
-    """Rows of `context` tokens in one forward pass."""
+    """Rows of `context` tokens in one forward pass; with packing none, as many tokens in more and shorter rows."""
+    drop_outliers: float | None = None
+    """Leave out rows with a norm beyond so many medians, at any site; None: count those beyond 10, and keep them. The
+    median is that of the first 4,096 rows."""
     bucket_rows: int = 1_000_000
     """Activation rows in one shuffle bucket, which is one file a site; it should fit into memory when it is read."""
     seed: int = 0
@@ -84,6 +104,10 @@ class CollectConfig:
         for name, count in counts.items():
             if count < 1:
                 raise ConfigError(f"{name} = {count}, but at least 1 is needed.")
+        limits = {"documents": self.documents, "disk_gb": self.disk_gb, "hours": self.hours}
+        for name, limit in {**limits, "drop_outliers": self.drop_outliers}.items():
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{name} = {limit}, but more than 0 is needed. Leave it out for no limit.")
         if self.context is not None and self.context < 2:
             raise ConfigError(f"context = {self.context}, but a row is BOS and at least one more token.")
         if not 0 <= self.held_out < 1:
@@ -149,10 +173,10 @@ def stream(cfg: StreamConfig, batch_rows: int, lm: LanguageModel | None = None) 
 
     def rows_from(start: int) -> Iterator[Tensor]:
         texts = (pack(model, docs(), context) for _ in repeat(None))
-        batches = (batch for rows in texts for batch in _batches(model, rows, cfg.lm_batch_rows, 0))
-        with Ahead(batches, BATCHES_AHEAD) as ahead:
+        found = (batch for rows in texts for batch in batches(model, packed_groups(rows, cfg.lm_batch_rows)))
+        with Ahead(found, BATCHES_AHEAD) as ahead:
             for batch, done in _from_row(start, ahead):
-                yield _read(model, [site], batch)[str(site)][done:].to("cpu", torch.float32)
+                yield read_rows(model, [site], batch)[str(site)][done:].to("cpu", torch.float32)
 
     return RingFeed(
         rows_from,
@@ -165,9 +189,9 @@ def stream(cfg: StreamConfig, batch_rows: int, lm: LanguageModel | None = None) 
     )
 
 
-def _from_row(start: int, batches: "Iterator[_Batch]") -> "Iterator[tuple[_Batch, int]]":
+def _from_row(start: int, found: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
     """The batches from the one with activation row `start` on, each with how many of its rows come before that."""
-    for batch in batches:
+    for batch in found:
         if start >= len(batch.where):
             start -= len(batch.where)
         else:
@@ -175,69 +199,112 @@ def _from_row(start: int, batches: "Iterator[_Batch]") -> "Iterator[tuple[_Batch
             start = 0
 
 
-def collect(cfg: CollectConfig, lm: LanguageModel | None = None) -> Store:
-    """The finished store of `cfg.tokens` rows a site, or fewer (with a warning) where the text ends before.
+Read = Callable[[Iterator[Batch]], Iterator[Rows]]
+"""Batches of tokens to the rows of each, in the same order."""
 
-    lm: a model that is loaded already; None: `cfg.model` is loaded. A kill loses at most the last 30 seconds, and
+
+def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | None = None) -> Store:
+    """The finished store of `cfg.tokens` rows a site, or of fewer where another budget or the text ends before; its
+    manifest says which.
+
+    lm: a model that is loaded already; None: `cfg.model` is loaded. read: what the model reads, where that is not done
+    here (`cluster`); None: by `lm`. A kill loses at most the last 30 seconds, and
     with `cfg.resume` the finished store equals, byte for byte, one that was never interrupted (same machine, device
-    and code). TextError: no text, or too little for one row. StoreError: the folder is in use or holds something
-    else, the disk is too small, an activation is NaN or infinite. ModelError: no such model or site.
+    and code; not where `cfg.hours` ended it). TextError: no text, or too little for one row. StoreError: the folder is
+    in use or holds something else, the disk is too small, an activation is NaN or infinite. ModelError: no such model
+    or site.
+
+    Where `cfg.out` is a URL the rows are collected in a folder of mistudio's cache and copied when they are complete.
     """
-    cfg = _as_extended(cfg)
+    if (url := url_of(cfg.out)) is not None:
+        return _collect_to(url, cfg, lm, read)
     if not (cfg.resume or cfg.append):
         refuse_occupied(cfg.out)
     # before the model loads, so that a missing source is said at once
     docs = documents(cfg.text, column=cfg.column, separator=cfg.separator, part="train", held_out=cfg.held_out)
     shape = load_shape(cfg.model, cfg.revision) if lm is None else lm.shape
     sites = _sites(cfg.sites, shape)
+    bytes_a_row = row_bytes({str(site): shape.width(site) for site in sites}, cfg.row_dtype)
+    limit = _most_rows(cfg, bytes_a_row)
     if not (cfg.resume or cfg.append):  # before gigabytes of weights are downloaded
-        needed = row_bytes({str(site): shape.width(site) for site in sites}, cfg.row_dtype)
-        refuse_small_disk(cfg.out, cfg.tokens * needed)
+        refuse_small_disk(cfg.out, limit * bytes_a_row)
     if lm is None:
         lm = LanguageModel.load(cfg.model, device=cfg.device, dtype=cfg.dtype, revision=cfg.revision)
     context = _context(cfg.context, lm)
-    rows = _peeked(pack(lm, docs, context))
-    with _writer(cfg, lm, sites, context) as writer:
+    some = FirstDocuments(docs, cfg.documents)
+    rows = _peeked((pack if cfg.packing == "stream" else separate)(lm, some, context))
+    with _writer(cfg, limit, lm, sites, context) as writer:
+        ended_by = None
         if not writer.complete:
-            _fill(writer, lm, sites, _batches(lm, rows, cfg.lm_batch_rows, done=writer.rows), cfg)
-        store = writer.finish()
-    if store.rows < cfg.tokens:
-        log.warning("The text %s ended early: %s of %s rows were collected.", cfg.text, store.rows, cfg.tokens)
+            done = writer.rows + (writer.outliers.dropped if writer.outliers else 0)
+            groups = _groups(cfg, rows, context)
+            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), batches(lm, groups, done), cfg)
+            ended_by = _ended_by(writer, cfg, some, out_of_time)
+        store = writer.finish(ended_by=ended_by)
+    if store.manifest.ended_by not in (None, "tokens"):
+        ended = store.manifest.ended_by
+        log.warning("%s of %s rows were collected: ended by %s.", store.rows, cfg.tokens, _ENDS.get(ended, ended))
     return store
 
 
-def _fill(
-    writer: StoreWriter, lm: LanguageModel, sites: list[Site], batches: "Iterator[_Batch]", cfg: CollectConfig
-) -> None:
-    """Writes until there are `cfg.tokens` rows or the text ends; the last checkpoint is at the end.
+def _collect_to(url: str, cfg: CollectConfig, lm: LanguageModel | None, read: Read | None) -> Store:
+    if cfg.append:
+        raise ConfigError(f"{url} cannot be appended to. Append to the store on a disk, then copy that to a new place.")
+
+    def refuse_other(found: Plan) -> None:
+        source = {**found.source, **json.loads(json.dumps(_settings(cfg)))}
+        refuse_difference(url, found, replace(found, row_dtype=cfg.row_dtype, source=source))
+
+    return collected_to(
+        url, lambda folder: collect(replace(cfg, out=folder), lm, read), refuse_other, resume=cfg.resume
+    )
+
+
+def _most_rows(cfg: CollectConfig, bytes_a_row: int) -> int:
+    """Rows that --tokens and --disk-gb leave room for. ConfigError: none."""
+    if cfg.disk_gb is None:
+        return cfg.tokens
+    rows = min(cfg.tokens, int(cfg.disk_gb * 1e9) // bytes_a_row)
+    if rows == 0:
+        raise ConfigError(f"disk_gb = {cfg.disk_gb} has no room for a single row of {bytes_a_row:,} bytes.")
+    return rows
+
+
+def _groups(cfg: CollectConfig, rows: Iterator[TokenRow], context: int) -> Iterator[list[TokenRow]]:
+    if cfg.packing == "stream":
+        return packed_groups(rows, cfg.lm_batch_rows)
+    return sorted_groups(rows, cfg.lm_batch_rows * context, ROWS_SORTED)
+
+
+def _ended_by(writer: StoreWriter, cfg: CollectConfig, some: FirstDocuments, out_of_time: bool) -> str:
+    if writer.rows >= writer.plan.expected_rows:
+        return "tokens" if writer.rows >= cfg.tokens else "disk_gb"
+    if out_of_time:
+        return "hours"
+    return "documents" if some.spent else "text"
+
+
+def _fill(writer: StoreWriter, read: Read, found: Iterator[Batch], cfg: CollectConfig) -> bool:
+    """Writes until there are as many rows as planned, or the text or `cfg.hours` ends (True); the last checkpoint is at
+    the end.
 
     Text and tokens are made in one thread and rows are written in another while the model reads, with at most
     `BATCHES_AHEAD` and `BATCHES_BEHIND` batches waiting; what is computed and its order do not change.
     """
-    left = cfg.tokens - writer.rows
+    left = writer.plan.expected_rows - writer.rows
+    clock = Clock(cfg.hours)
     with (
-        progress_bar("collect", cfg.tokens, "tokens", start=writer.rows) as bar,
-        Ahead(batches, BATCHES_AHEAD) as ahead,
+        progress_bar("collect", writer.plan.expected_rows, "tokens", start=writer.rows) as bar,
+        Ahead(found, BATCHES_AHEAD) as ahead,
         Behind(BATCHES_BEHIND) as disk,
     ):
         record = _Record(writer, bar)
-        while left > 0 and (batch := next(ahead, None)) is not None:
-            activations = _read(lm, sites, batch)
-            kept = {site: values[:left] for site, values in activations.items()}
-            disk(partial(record, kept, batch.where[:left], batch.end))
-            left -= len(batch.where)
+        rule = writer.outliers or (cfg.drop_outliers or FACTOR, cfg.drop_outliers is not None)
+        for piece in judged(read(clock.until_over(ahead)), rule, left):
+            disk(partial(record, piece))
     if record.cursor > writer.cursor:
         writer.checkpoint(record.cursor)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What the model reads in one pass: tokens [N, T], which of them to keep [N, T], and where those come from."""
-
-    tokens: Tensor
-    kept: Tensor
-    where: Tensor  # [B, 3]
-    end: int  # packed rows of the text up to here
+    return clock.over
 
 
 class _Record:
@@ -247,47 +314,40 @@ class _Record:
         self.writer, self.bar = writer, bar
         self.cursor, self._last = writer.cursor, time.monotonic()
 
-    def __call__(self, rows: dict[str, Tensor], where: Tensor, end: int) -> None:
-        self.writer.write(rows, where)
-        self.cursor = end
+    def __call__(self, piece: Judged) -> None:
+        self.writer.write(piece.rows, piece.where)
+        self.writer.outliers = (self.writer.outliers or piece.rule).plus(piece.beyond)
+        self.cursor = piece.end
         if time.monotonic() - self._last >= CHECKPOINT_EVERY_S:
             self.writer.checkpoint(self.cursor)
             self._last = time.monotonic()
-        self.bar.advance(len(where))
+        self.bar.advance(len(piece.where))
 
 
-def _batches(lm: LanguageModel, rows: Iterator[TokenRow], size: int, done: int) -> Iterator[_Batch]:
-    """The batches of the text without its first `done` activation rows; they begin at the same packed rows as ever."""
-    end = 0
-    while some := list(islice(rows, size)):
-        origin = torch.from_numpy(np.stack([np.stack([r.tokens, r.document, r.offset], axis=-1) for r in some]))
-        tokens = origin[..., 0].long()
-        kept = ~lm.is_special(tokens)
-        end += len(some)
-        past = min(done, int(kept.sum()))
-        if past:
-            kept.view(-1)[kept.view(-1).nonzero()[:past, 0]] = False
-            done -= past
-            if not kept.any():
-                continue
-        yield _Batch(tokens, kept, origin[kept], end)
+def _read_all(lm: LanguageModel, sites: list[Site], found: Iterator[Batch]) -> Iterator[Rows]:
+    """`read_rows` of every batch."""
+    return (Rows(read_rows(lm, sites, batch), batch.where, batch.end) for batch in found)
 
 
-def _read(lm: LanguageModel, sites: list[Site], batch: _Batch) -> dict[str, Tensor]:
+def read_rows(lm: LanguageModel, sites: list[Site], batch: Batch) -> dict[str, Tensor]:
     """Each site's rows [B, D], without BOS, EOS and PAD."""
     read = lm.run(batch.tokens, read=sites).activations
     return {str(site): read[site][batch.kept.to(read[site].device)] for site in sites}
 
 
-def _writer(cfg: CollectConfig, lm: LanguageModel, sites: list[Site], context: int) -> StoreWriter:
+def _writer(cfg: CollectConfig, limit: int, lm: LanguageModel, sites: list[Site], context: int) -> StoreWriter:
+    bucket_rows = cfg.bucket_rows
+    if cfg.append:  # a row's bucket depends on the number of buckets, so that is kept
+        bucket_rows = bucket_rows_to_extend(cfg.out, limit) or bucket_rows
+    lm_dtype = str(lm.dtype).removeprefix("torch.")
     plan = make_plan(
         widths={str(site): lm.width(site) for site in sites},
-        expected_rows=cfg.tokens,
-        bucket_rows=cfg.bucket_rows,
+        expected_rows=limit,
+        bucket_rows=bucket_rows,
         seed=cfg.seed,
         model=lm.name,
         context=context,
-        source=_source(cfg, lm),
+        source={**_settings(cfg), "bucket_rows": bucket_rows, "part": "train", "lm_dtype": lm_dtype},
         row_dtype=cfg.row_dtype,
     )
     if cfg.append:
@@ -295,18 +355,10 @@ def _writer(cfg: CollectConfig, lm: LanguageModel, sites: list[Site], context: i
     return StoreWriter.of_plan(cfg.out, plan, resume=cfg.resume)
 
 
-def _as_extended(cfg: CollectConfig) -> CollectConfig:
-    """With append, `bucket_rows` is what keeps the number of buckets: a row's bucket depends on that number."""
-    if not cfg.append:
-        return cfg
-    chosen = bucket_rows_to_extend(cfg.out, cfg.tokens)
-    return cfg if chosen is None else replace(cfg, bucket_rows=chosen)
-
-
-def _source(cfg: CollectConfig, lm: LanguageModel) -> dict[str, Any]:
-    """All settings that bear on the rows (row_dtype is the store's own), and the number type the model really had."""
-    settings = {name: v for name, v in to_dict(cfg).items() if name not in ("out", "resume", "append", "row_dtype")}
-    return {**settings, "part": "train", "lm_dtype": str(lm.dtype).removeprefix("torch.")}
+def _settings(cfg: CollectConfig) -> dict[str, Any]:
+    """All settings that bear on the rows, but for the store's own and the time that a run may take."""
+    others = ("out", "resume", "append", "row_dtype", "hours")
+    return {name: value for name, value in to_dict(cfg).items() if name not in others}
 
 
 def _sites(names: Iterable[str], shape: ModelShape) -> list[Site]:

@@ -16,9 +16,9 @@ LINE_EVERY_S = 10.0
 class Bar:
     """Counts work done and shows it; `note` is a short text such as `loss 0.12`."""
 
-    def __init__(self, description: str, total: int | None, unit: str, progress: Progress | None):
+    def __init__(self, description: str, total: int | None, unit: str, progress: Progress | None, shown: bool = True):
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.note = 0, ""
+        self.done, self.note, self._shown = 0, "", shown
         self._start = self._last_line = time.monotonic()
         self._progress = progress
         self._task = progress.add_task(description, total=total, rate="", note="") if progress else None
@@ -29,7 +29,7 @@ class Bar:
         self.note = self.note if note is None else note
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=n, rate=f"{self.rate:,.0f} {self.unit}/s", note=self.note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+        elif self._shown and time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._print_line()
 
     @property
@@ -47,12 +47,14 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None = None, unit: str = "it", start: int = 0) -> Iterator[Bar]:
-    """A `Bar` for a `with` block. `start`: work that was done before (a resume), not counted in the rate."""
+def progress_bar(
+    description: str, total: int | None = None, unit: str = "it", start: int = 0, shown: bool = True
+) -> Iterator[Bar]:
+    """A `Bar` for a `with` block. `start`: work that was done before (a resume), not counted in the rate. `shown`:
+    False where another process shows it."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        bar = Bar(description, None if total is None else total - start, unit, None)
-        yield bar
+    if not console.is_terminal or not shown:
+        yield Bar(description, None if total is None else total - start, unit, None, shown=shown)
         return
     columns = (
         SpinnerColumn(),

@@ -5,7 +5,7 @@ from mistudio.lm.families import FAMILIES, Family
 from mistudio.lm.generate import Generation
 from mistudio.lm.load import load_shape
 from mistudio.lm.model import LanguageModel, Readout
-from mistudio.lm.pack import TokenRow, pack, token_rows, token_spans
+from mistudio.lm.pack import TokenRow, pack, separate, token_rows, token_spans
 from mistudio.lm.shape import ModelShape
 from mistudio.lm.site import KINDS, Site
 from mistudio.lm.text import Document, Span, documents, is_held_out
@@ -29,6 +29,7 @@ __all__ = [
     "is_held_out",
     "load_shape",
     "pack",
+    "separate",
     "token_rows",
     "token_spans",
 ]

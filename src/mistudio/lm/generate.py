@@ -5,12 +5,12 @@ without it, every pass sees all positions. The library's own `generate` is left 
 penalties from a generation_config) would make "the same prompt, unsteered" mean something else for every model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mistudio.errors import ModelError
@@ -24,6 +24,18 @@ class Generation:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: the likeliest token; else a sample of softmax(logits / temperature)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from logits / temperature for every time the token stands in the text so far, prompt included, as
+    TransformerLens does; without effect at temperature 0."""
+
+
 @torch.no_grad()
 def new_tokens(
     model: nn.Module,
@@ -31,11 +43,12 @@ def new_tokens(
     *,
     streams: Sequence[tuple[int, int]],
     stop: frozenset[int],
-    max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     use_cache: bool,
+    tell: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """For each prompt its new tokens, without the token of `stop` that ended it.
+    """For each prompt its new tokens, without the token of `stop` that ended it; `tell(row, token)` hears of each as
+    soon as it is chosen.
 
     The prompts are rows of one batch; rows that have ended go on being computed, and are cut. A row's random numbers
     depend on its stream (seed, number) alone, so it does not change with its neighbours (up to rounding of the logits
@@ -43,6 +56,7 @@ def new_tokens(
     then fed token by token while the others already write. So no row is padded, and column t is position t in all.
     """
     device = next(model.parameters()).device
+    max_new_tokens = sampling.max_new_tokens
     draws = _uniforms(streams, max_new_tokens).to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
@@ -55,11 +69,14 @@ def new_tokens(
         output = model(fed, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
         written = position - lengths  # [N] new tokens so far; below 0 inside a prompt
         draw = draws.gather(1, written.clamp(0, max_new_tokens - 1)[:, None])[:, 0]
-        chosen = _choose(output.logits[:, -1], temperature, draw)  # [N]
+        chosen = _choose(output.logits[:, -1], sampling, draw, tokens)  # [N]
         if position < longest:
             chosen = torch.where(written < 0, given[:, position], chosen)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        ended |= (written >= 0) & torch.isin(chosen, stops) | (written + 1 >= max_new_tokens)
+        stopped = (written >= 0) & torch.isin(chosen, stops)
+        if tell is not None:
+            _tell(tell, chosen, ~ended & ~stopped & (written >= 0))
+        ended |= stopped | (written + 1 >= max_new_tokens)
         if bool(ended.all()):
             break
         fed, cache = (chosen[:, None], output.past_key_values) if use_cache else (tokens, None)
@@ -67,11 +84,23 @@ def new_tokens(
     return [_cut(row[length : length + max_new_tokens], stop) for row, length in rows]
 
 
-def _choose(logits: Float[Tensor, "N V"], temperature: float, draw: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
+def _tell(tell: Callable[[int, int], None], chosen: Int[Tensor, " N"], news: Bool[Tensor, " N"]) -> None:
+    for row, (token, new) in enumerate(zip(chosen.tolist(), news.tolist(), strict=True)):
+        if new:
+            tell(row, token)
+
+
+def _choose(
+    logits: Float[Tensor, "N V"], sampling: Sampling, draw: Float[Tensor, " N"], before: Int[Tensor, "N T"]
+) -> Int[Tensor, " N"]:
     """The most likely token; or a sample of softmax(logits / temperature): its cumulative sum, inverted at `draw`."""
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)  # [N, V]
+    scores = logits.double() / sampling.temperature
+    if sampling.frequency_penalty:
+        counts = torch.zeros_like(scores).scatter_add_(1, before, torch.ones_like(before, dtype=scores.dtype))
+        scores = scores - sampling.frequency_penalty * counts
+    cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1)  # [N, V]
     chosen = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
     return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
 

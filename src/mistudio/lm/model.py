@@ -5,7 +5,7 @@ since causal attention then never lets padding reach a token. Gradients are off 
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from mistudio.errors import ModelError
 from mistudio.lm.editing import Edit, Edits, Pass, attach, edited, followed
 from mistudio.lm.families import Side
-from mistudio.lm.generate import Generation, check_request, new_tokens
+from mistudio.lm.generate import Generation, Sampling, check_request, new_tokens
 from mistudio.lm.load import attention_for, load_model
 from mistudio.lm.shape import shape_of
 from mistudio.lm.site import Site
+from mistudio.lm.stream import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -201,12 +202,15 @@ class LanguageModel:
         streams: Sequence[tuple[int, int]],
         max_new_tokens: int,
         temperature: float = 0.0,
+        frequency_penalty: float = 0.0,
         use_cache: bool = True,
+        tell: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
         """The continuation of each prompt (token ids, BOS first; lengths may differ), all rows of one batch.
 
         Row i draws the random numbers of `streams[i]` = (seed, sample): rows of equal streams and equal logits sample
-        the same tokens, and (seed, n) is the n-th sample of `generate`. ModelError as there.
+        the same tokens, and (seed, n) is the n-th sample of `generate`. `frequency_penalty` as in `Sampling`.
+        `tell(row, piece)` hears of every piece of text while it is written. ModelError as in `generate`.
         """
         if not prompts or len(prompts) != len(streams):
             raise ModelError(f"Every row needs a prompt and a stream; found {len(prompts)} and {len(streams)}.")
@@ -224,20 +228,32 @@ class LanguageModel:
                 self.model,
                 prompts,
                 streams=streams,
-                stop=self._stop_ids(),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
+                stop=self.stop_ids(),
+                sampling=Sampling(
+                    max_new_tokens=max_new_tokens, temperature=temperature, frequency_penalty=frequency_penalty
+                ),
                 use_cache=use_cache,
+                tell=None if tell is None else self._told(prompts, tell),
             )
         pairs = zip(prompts, rows, strict=True)
         return [Generation(tuple(row), self._continuation(list(prompt), row)) for prompt, row in pairs]
+
+    def _told(self, prompts: Sequence[Sequence[int]], tell: Callable[[int, str], None]) -> Callable[[int, int], None]:
+        """The listener to tokens that passes their text on to `tell`."""
+        streams = [TextStream(self.to_text, prompt) for prompt in prompts]
+
+        def hear(row: int, token: int) -> None:
+            if piece := streams[row].feed(token):
+                tell(row, piece)
+
+        return hear
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         """The new tokens' text. Decoded with the prompt, as some decoders drop the space at the start of a text."""
         whole, start = self.to_text(prompt + new), self.to_text(prompt)
         return whole[len(start) :] if whole.startswith(start) else self.to_text(new)
 
-    def _stop_ids(self) -> frozenset[int]:
+    def stop_ids(self) -> frozenset[int]:
         """EOS, and the model's further end tokens, such as <end_of_turn>."""
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         more = [] if ends is None else ends if isinstance(ends, list) else [ends]

@@ -37,9 +37,15 @@ class TokenRow:
 
 def pack(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterator[TokenRow]:
     """Rows of `context` tokens. ModelError: the context is too long for the model; TextError: too little text."""
-    if not 2 <= context <= lm.shape.context:
-        raise ModelError(f"The context must be 2 to {lm.shape.context} tokens for {lm.name}; found {context}.")
+    _check_context(lm, context)
     return _rows(lm, docs, context)
+
+
+def separate(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterator[TokenRow]:
+    """Rows of 2 to `context` tokens: BOS, then tokens of one document; a longer one goes on in the next row, without
+    what came before it. ModelError: as `pack`; TextError: no token at all."""
+    _check_context(lm, context)
+    return _separate(lm, docs, context)
 
 
 def token_rows(lm: "LanguageModel", docs: Iterable[Document], context: int, rows: int) -> Int[Tensor, "N T"]:
@@ -73,6 +79,24 @@ def _rows(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterat
             f"The text is too short: {stream.shape[1]} tokens, and one row of context {context} takes {step}. "
             "Give more text or a shorter context."
         )
+
+
+def _check_context(lm: "LanguageModel", context: int) -> None:
+    if not 2 <= context <= lm.shape.context:
+        raise ModelError(f"The context must be 2 to {lm.shape.context} tokens for {lm.name}; found {context}.")
+
+
+def _separate(lm: "LanguageModel", docs: Iterable[Document], context: int) -> Iterator[TokenRow]:
+    step, remaining, ordinal, made = context - 1, iter(docs), 0, 0
+    while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
+        for ids in lm.encode([document.text for document in batch]):
+            body = np.stack([ids, np.full(len(ids), ordinal), np.arange(len(ids))]).astype(np.int32)
+            for start in range(0, len(ids), step):
+                made += 1
+                yield _row(lm.bos_id, body[:, start : start + step])
+            ordinal += 1
+    if made == 0:
+        raise TextError("The text has no token. Give more text.")
 
 
 def _row(bos_id: int, body: np.ndarray) -> TokenRow:

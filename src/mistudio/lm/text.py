@@ -8,8 +8,9 @@ source exists is checked when it is named; what is in it, as it is read.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,13 @@ class Document:
 
     id: str
     text: str
-    labels: tuple[Span, ...] = ()
+    label: Callable[[], Iterable[Span]] = field(default=tuple, compare=False, repr=False)
+    """What finds the instances of known concepts in it; most who read a text do not ask."""
+
+    @cached_property
+    def labels(self) -> tuple[Span, ...]:
+        """The instances of known concepts in the text."""
+        return tuple(self.label())
 
 
 def documents(

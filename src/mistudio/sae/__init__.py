@@ -1,5 +1,5 @@
-"""Sparse autoencoders: one contract, six architectures, their mathematics, weights and files. JumpReLU is the trained
-one."""
+"""Sparse autoencoders: one contract, six architectures, their mathematics, weights and files. What is trained has a
+JumpReLU SAE's tensors, or a transcoder's, whatever it will be when it is finished."""
 
 from mistudio.sae.base import SAE, SAEConfig
 from mistudio.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
@@ -8,7 +8,7 @@ from mistudio.sae.jumprelu import jumprelu, step
 from mistudio.sae.model import JumpReLUSAE, initial_weights
 from mistudio.sae.relu import ReLUConfig, ReLUSAE
 from mistudio.sae.topk import TopKConfig, TopKSAE
-from mistudio.sae.transcoder import Transcoder, TranscoderConfig
+from mistudio.sae.transcoder import Transcoder, TranscoderConfig, initial_transcoder_weights
 
 ARCHITECTURES: dict[str, type[SAE]] = {
     "jumprelu": JumpReLUSAE,
@@ -35,6 +35,7 @@ __all__ = [
     "TopKSAE",
     "Transcoder",
     "TranscoderConfig",
+    "initial_transcoder_weights",
     "initial_weights",
     "jumprelu",
     "step",

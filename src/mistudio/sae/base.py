@@ -2,8 +2,9 @@
 
 Architectures differ in `encode` alone, but for transcoders, which also write another activation than they read. They
 share the orientation of Gemma Scope's files: W_enc [D, F], W_dec [F, E] and x̂ = f·W_dec + b_dec, where E = D in all but
-transcoders. Only JumpReLU SAEs are trained here and have a training form; the others are read from elsewhere and exist
-in released form only: raw units, and b_dec folded into the encoder's bias where the origin subtracts it from x.
+transcoders. JumpReLU SAEs and transcoders have a training form. Others are trained in a JumpReLU SAE's tensors
+(`mistudio.train.objectives`) or read from elsewhere, and as classes exist in released form only: raw units, and b_dec
+folded into the encoder's bias where the origin subtracts it from x.
 """
 
 import math
@@ -56,7 +57,7 @@ class SAEConfig:
 
 
 def refuse_training_form(config: SAEConfig) -> None:
-    """ConfigError: the config describes a training form. For the architectures that mistudio does not train."""
+    """ConfigError: the config describes a training form. For the architectures that have none."""
     if config.scale is not None or config.pre_encoder_bias or config.log_threshold:
         raise ConfigError("scale, pre_encoder_bias and log_threshold are for training JumpReLU SAEs only")
 

@@ -24,24 +24,42 @@ from mistudio.sae.base import SAE, UNIT_ROW_TOLERANCE, SAEConfig, check_weights
 from mistudio.sae.gemma_scope import read_weights
 
 FORMAT, VERSION = "mistudio-sae", 1
+DRAWN_AT_ONCE = 1 << 14
+"""Rows of first weights."""
 
 
-def initial_weights(config: SAEConfig, *, seed: int = 0, threshold: float = 0.001) -> dict[str, Tensor]:
+def initial_weights(
+    config: SAEConfig, *, seed: int = 0, threshold: float = 0.001, part: slice | None = None
+) -> dict[str, Tensor]:
     """Gemma Scope's starting point in float32: He-uniform decoder rows rescaled to norm 1, W_enc = W_decᵀ (untied),
     biases 0.
 
-    He's bound is lost in the rescaling, so the rows are drawn from U(-1, 1).
+    He's bound is lost in the rescaling, so the rows are drawn from U(-1, 1). `part`: of these features alone, the same
+    numbers; the others are never in memory together.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.empty(config.d_sae, config.d_model).uniform_(-1, 1, generator=generator)
-    W_dec = rows / rows.norm(dim=1, keepdim=True)
+    W_dec = unit_rows(config.d_sae, config.d_model, torch.Generator().manual_seed(seed), part)
     return {
         "W_enc": W_dec.T.clone(memory_format=torch.contiguous_format),
-        "b_enc": torch.zeros(config.d_sae),
-        "theta": torch.full((config.d_sae,), math.log(threshold) if config.log_threshold else threshold),
+        "b_enc": torch.zeros(len(W_dec)),
+        "theta": torch.full((len(W_dec),), math.log(threshold) if config.log_threshold else threshold),
         "W_dec": W_dec,
         "b_dec": torch.zeros(config.d_model),
     }
+
+
+def unit_rows(
+    count: int, width: int, generator: torch.Generator, part: slice | None = None
+) -> Float[Tensor, "n width"]:
+    """Rows of norm 1 in directions drawn from U(-1, 1): of `count` that are drawn, those in `part`; None: all."""
+    wanted = range(count)[part or slice(None)]
+    rows = torch.empty(len(wanted), width)
+    for first in range(0, count, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, count)
+        drawn = torch.empty(last - first, width).uniform_(-1, 1, generator=generator)
+        lo, hi = max(first, wanted.start), min(last, wanted.stop)
+        if lo < hi:
+            rows[lo - wanted.start : hi - wanted.start] = drawn[lo - first : hi - first]
+    return rows.div_(rows.norm(dim=1, keepdim=True))
 
 
 class JumpReLUSAE(SAE):

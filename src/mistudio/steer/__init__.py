@@ -36,19 +36,27 @@ from mistudio.steer.neuronpedia import (
     read_np,
     unit_rows,
 )
-from mistudio.steer.plots import plot_dose_response
+from mistudio.steer.np_legacy import BEFORE_NOVEMBER_2025, DEFECTS, np_legacy
+from mistudio.steer.plots import plot_dose_response, plot_tracks
 from mistudio.steer.positions import Place, positions_mask
 from mistudio.steer.push import Push, When, flipped
 from mistudio.steer.report import MEASURES, ArmSummary, Strengths, by_seed, difference, strengths
+from mistudio.steer.scores import input_scores, logit_lens, output_scores
+from mistudio.steer.snippet import write_program
+from mistudio.steer.targeted import Effects, fit_effects, fitted
 from mistudio.steer.toward import first_tokens, toward
 from mistudio.steer.tracking import Track, track
-from mistudio.steer.vectors import mean_difference, principal_direction, read_vector, write_vector
+from mistudio.steer.vector_files import SUFFIXES, added_vectors, read_vector, write_vectors
+from mistudio.steer.vectors import mean_difference, principal_direction
 from mistudio.steer.views import FeatureSteering, mistudio_generate
 
 __all__ = [
+    "BEFORE_NOVEMBER_2025",
+    "DEFECTS",
     "MEASURES",
     "METHODS",
     "STEERED",
+    "SUFFIXES",
     "UNSTEERED",
     "Arm",
     "ArmSummary",
@@ -56,6 +64,7 @@ __all__ = [
     "Divergence",
     "Dose",
     "DoseResponse",
+    "Effects",
     "Experiment",
     "FeatureSteering",
     "Features",
@@ -80,6 +89,7 @@ __all__ = [
     "Track",
     "When",
     "Written",
+    "added_vectors",
     "bootstrap",
     "by_seed",
     "chat_prompt",
@@ -92,16 +102,23 @@ __all__ = [
     "dose_response",
     "effect",
     "first_tokens",
+    "fit_effects",
+    "fitted",
     "flipped",
+    "input_scores",
+    "logit_lens",
     "longest_repeat",
     "mean_difference",
     "mistudio_generate",
     "np_experiment",
     "np_lab",
+    "np_legacy",
     "np_parity",
     "np_pushes",
     "np_site",
+    "output_scores",
     "plot_dose_response",
+    "plot_tracks",
     "positions_mask",
     "principal_direction",
     "prompt_norm",
@@ -127,5 +144,6 @@ __all__ = [
     "weights_sha256",
     "word_share",
     "write_arms",
-    "write_vector",
+    "write_program",
+    "write_vectors",
 ]

@@ -32,6 +32,11 @@ Mask = Bool[Tensor, "_n _T"] | None
 """Positions of those rows; None: all of them."""
 
 
+PENDING_BYTES = 1 << 25
+"""Activations kept until their sizes are computed: of many passes at once, since each operation costs a small pass
+as much as the whole edit."""
+
+
 @dataclass
 class Trace:
     """Where pushes acted, and how large they were against the residual; filled while forward passes run."""
@@ -39,17 +44,44 @@ class Trace:
     rows: int
     """Rows N of the batch."""
 
-    passes: dict[Site, list[tuple[int, Float[Tensor, "N T"]]]] = field(default_factory=dict)
+    _passes: dict[Site, list[tuple[int, Float[Tensor, "N T"]]]] = field(default_factory=dict)
     """Per site and forward pass: the position of its first column, and the sizes, nan where no push acted."""
+
+    _pending: dict[Site, list[tuple[int, Tensor, Tensor, Tensor | None]]] = field(default_factory=dict)
+    """The same before sizes are computed: position, h, h', and where a push acted (None: everywhere)."""
+
+    def sites(self) -> list[Site]:
+        """Where there were pushes."""
+        return list({**self._passes, **self._pending})
+
+    def note(self, site: Site, start: int, h: Tensor, new: Tensor, acted: Tensor | None) -> None:
+        """A pass has changed h into new; neither may change afterwards."""
+        waiting = self._pending.setdefault(site, [])
+        waiting.append((start, h, new, acted))
+        if len(waiting) * h.nbytes > PENDING_BYTES:
+            self._settle(site)
 
     def sizes(self, site: Site) -> Float[Tensor, "N S"]:
         """‖h' - h‖/‖h‖ of each row and position, float32; nan where no push acted, and in rows without one."""
-        passes = self.passes.get(site, [])
+        self._settle(site)
+        passes = self._passes.get(site, [])
         length = max((start + part.shape[1] for start, part in passes), default=0)
         sizes = torch.full((self.rows, length), torch.nan)
         for start, part in passes:
-            sizes[:, start : start + part.shape[1]] = part.cpu()
+            sizes[:, start : start + part.shape[1]] = part
         return sizes
+
+    def _settle(self, site: Site) -> None:
+        waiting = self._pending.pop(site, [])
+        if not waiting:
+            return
+        h = torch.cat([h for _, h, _, _ in waiting], dim=1)  # [N, S, D]
+        new = torch.cat([new for _, _, new, _ in waiting], dim=1)
+        ratio = ((new - h).float().norm(dim=-1) / h.float().norm(dim=-1)).cpu()
+        parts = ratio.split([entry[1].shape[1] for entry in waiting], dim=1)
+        for (start, _, _, acted), part in zip(waiting, parts, strict=True):
+            known = part if acted is None else torch.where(acted.cpu(), part, torch.nan)
+            self._passes.setdefault(site, []).append((start, known))
 
 
 @contextmanager
@@ -125,7 +157,6 @@ def _column(f: Float[Tensor, "n T F"], feature: Int[Tensor, " n"]) -> Float[Tens
 
 def _edit(lab: Lab, site: Site, steps: list[_Step], now: Pass, lengths: Int[Tensor, "N 1"], trace: Trace) -> Edit:
     special = torch.tensor(sorted({*lab.lm.special_ids, *lab.lm.tokenizer.all_special_ids}), device=lengths.device)
-    sizes = trace.passes.setdefault(site, [])
 
     def place() -> Place:
         position = torch.arange(now.start, now.start + now.tokens.shape[1], device=lengths.device)[None]
@@ -140,7 +171,7 @@ def _edit(lab: Lab, site: Site, steps: list[_Step], now: Pass, lengths: Int[Tens
             rows = None if len(step.rows) == len(lengths) else step.rows
             new, mask = _applied(step, new, rows, wanted)
             marks.append((rows, mask))
-        sizes.append((now.start, _relative(h, new, _acted(marks, h))))
+        trace.note(site, now.start, h, new, _acted(marks, h))
         return new
 
     return edit
@@ -170,12 +201,6 @@ def _acted(marks: list[tuple[Rows, Mask]], h: Float[Tensor, "N T D"]) -> Bool[Te
         where = slice(None) if rows is None else rows
         acted[where] = True if mask is None else acted[where] | mask
     return acted
-
-
-def _relative(h: Float[Tensor, "N T D"], new: Float[Tensor, "N T D"], acted: Bool[Tensor, "N T"] | None) -> Tensor:
-    """‖h' - h‖/‖h‖ in float32, nan where nothing acted."""
-    ratio = (new - h).float().norm(dim=-1) / h.float().norm(dim=-1)
-    return ratio if acted is None else torch.where(acted, ratio, torch.nan)
 
 
 def _plan(lab: Lab, rows: Sequence[Pushes]) -> dict[Site, list[_Step]]:

@@ -7,7 +7,7 @@ row does (memory traffic, not arithmetic, is what a decoding step waits for).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -78,11 +78,16 @@ def write_arms(
     seeds: Sequence[int],
     max_new_tokens: int,
     temperature: float = 0.5,
+    frequency_penalty: float = 0.0,
+    double_bos: bool = False,
     use_cache: bool = True,
     batch_rows: int = 256,
+    tell: Callable[[str, int, int, str], None] | None = None,
 ) -> list[Written]:
     """The rows of every prompt, arm and seed, in that order; at most `batch_rows` at a time.
 
+    `frequency_penalty` as in `lm.Sampling`; with `double_bos` a second BOS stands before every prompt (both are of
+    servers that are to be imitated). `tell(arm, prompt, seed, piece)` hears of the texts while they are written.
     ConfigError: arms of one name, an arm with another number of steerings than 1 or seeds, or several seeds at
     temperature 0, which would write one text. Errors of `steered` and `LanguageModel.generate_rows`.
     """
@@ -96,6 +101,8 @@ def write_arms(
         for first in range(0, len(rows), batch_rows):
             part = rows[first : first + batch_rows]
             contexts = [lab.lm.to_tokens(arm.prefix + prompts[number]) for number, arm, _, _ in part]
+            if double_bos:
+                contexts = [[lab.lm.bos_id, *context] for context in contexts]
             pushes = [arm.of(index) for _, arm, index, _ in part]
             with steered(lab, pushes, [len(context) for context in contexts]) as trace:
                 texts = lab.lm.generate_rows(
@@ -103,7 +110,9 @@ def write_arms(
                     streams=[(seed, 0) for *_, seed in part],
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
+                    frequency_penalty=frequency_penalty,
                     use_cache=use_cache,
+                    tell=None if tell is None else _teller(tell, part),
                 )
             sizes = _sizes(trace, [len(c) + len(t.tokens) for c, t in zip(contexts, texts, strict=True)])
             written += [
@@ -124,9 +133,19 @@ def write_arms(
     return written
 
 
+def _teller(
+    tell: Callable[[str, int, int, str], None], part: list[tuple[int, Arm, int, int]]
+) -> Callable[[int, str], None]:
+    def hear(row: int, piece: str) -> None:
+        number, arm, _, seed = part[row]
+        tell(arm.name, number, seed, piece)
+
+    return hear
+
+
 def _sizes(trace: Trace, lengths: list[int]) -> list[dict[str, tuple[float | None, ...]]]:
     found: list[dict[str, tuple[float | None, ...]]] = [{} for _ in lengths]
-    for site in trace.passes:
+    for site in trace.sites():
         for row, (values, length) in enumerate(zip(trace.sizes(site).tolist(), lengths, strict=True)):
             whole = tuple(None if math.isnan(value) else value for value in [*values, *[math.nan] * length][:length])
             if any(value is not None for value in whole):

@@ -5,6 +5,7 @@ again gives the same tokens on the same machine; elsewhere rounding may differ, 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +65,10 @@ class Experiment:
     """Seed of the choice of random controls."""
     track: tuple[int, ...] = ()
     """Features whose activation is followed along the unsteered and the steered texts."""
+    frequency_penalty: float = 0.0
+    """What is taken off a token's score for every time it was there before (TransformerLens's freq_penalty)."""
+    double_bos: bool = False
+    """Whether a second BOS stands before every prompt, as some servers had it."""
 
     def __post_init__(self) -> None:
         if not self.pushes:
@@ -100,8 +105,10 @@ class Outcome:
         return [row.text for row in self.rows if row.arm == arm]
 
 
-def run_experiment(lab: Lab, experiment: Experiment) -> Outcome:
-    """All arms written in one batch, read again and compared. Errors of `write_arms` and of the lab."""
+def run_experiment(
+    lab: Lab, experiment: Experiment, *, tell: Callable[[str, int, int, str], None] | None = None
+) -> Outcome:
+    """All arms written in one batch, read again and compared; `tell` and errors as in `write_arms`."""
     for push in experiment.pushes:
         lab.check(push)
     arms, left_out = _arms(lab, experiment)
@@ -112,6 +119,9 @@ def run_experiment(lab: Lab, experiment: Experiment) -> Outcome:
         seeds=experiment.seeds,
         max_new_tokens=experiment.max_new_tokens,
         temperature=experiment.temperature,
+        frequency_penalty=experiment.frequency_penalty,
+        double_bos=experiment.double_bos,
+        tell=tell,
     )
     site, target = first_target(lab, experiment.pushes)
     read = read_again(lab, experiment.prompts, rows, site=site, target=target, words=experiment.words)

@@ -9,8 +9,7 @@ Features are applied in the order of the request, each on the residual that the 
 prompt position, BOS included, and every generated token; one BOS. Chat: the template with the generation prompt; with
 steer_special_tokens false the prompt's special tokens are left out. Temperature 0 is argmax, else plain multinomial of
 softmax(logits/T); freq_penalty has no effect. Only greedy texts can be compared token for token: a seed there draws
-other random numbers than here. Texts recorded before August 2026 may carry defects of older servers, which this recipe
-does not imitate.
+other random numbers than here. Texts recorded before August 2026 may carry defects of older servers: `np_legacy`.
 """
 
 import copy
@@ -240,29 +239,32 @@ class Parity:
     """The first one; None: every token is the likeliest here too."""
 
 
-def np_parity(lab: Lab, record: NPRecord) -> list[Parity]:
+def np_parity(lab: Lab, record: NPRecord, experiment: Experiment | None = None) -> list[Parity]:
     """Both recorded texts, read with the request's steering: is each token the likeliest given those before it?
 
-    One forward pass a text. ConfigError: sampled rather than greedy, or no text was recorded.
+    `experiment`: what a recipe made of the request; None: np-2026. One forward pass a text. ConfigError: sampled
+    rather than greedy, or no text was recorded.
     """
+    experiment = np_experiment(lab.lm, record.request) if experiment is None else experiment
     if record.request.temperature > 0:
         raise ConfigError(
             f"The record was sampled at temperature {record.request.temperature:g} with Neuronpedia's own random "
             "numbers; only texts of temperature 0 can be compared token for token."
         )
-    texts = ((UNSTEERED, record.default, ()), (STEERED, record.steered, np_pushes(record.request)))
-    found = [_parity(lab, record.request, arm, text, pushes) for arm, text, pushes in texts if text]
+    texts = ((UNSTEERED, record.default, ()), (STEERED, record.steered, experiment.pushes))
+    found = [_parity(lab, experiment, arm, text, pushes) for arm, text, pushes in texts if text]
     if not found:
         raise ConfigError('The record holds no texts: {"request": …, "answer": {"STEERED": …, "DEFAULT": …}}.')
     return found
 
 
-def _parity(lab: Lab, request: NPRequest, arm: str, text: str, pushes: Pushes) -> Parity:
-    lm = lab.lm
-    prompt = np_experiment(lm, request).prompts[0]
+def _parity(lab: Lab, experiment: Experiment, arm: str, text: str, pushes: Pushes) -> Parity:
+    lm, prompt = lab.lm, experiment.prompts[0]
     context, whole = lm.to_tokens(prompt), lm.to_tokens(prompt + text)
     if whole[: len(context)] != context:  # a token across the border: the text's own tokens then
         whole = context + lm.to_tokens(text)[1:]
+    if experiment.double_bos:
+        context, whole = [lm.bos_id, *context], [lm.bos_id, *whole]
     with steered(lab, [pushes], [len(context)]):
         logits = lm.run(torch.tensor([whole], device=lm.device), logits=True).logits
     assert logits is not None

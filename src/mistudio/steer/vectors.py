@@ -1,18 +1,13 @@
-"""Directions of one's own: from two sets of texts, by difference of means or by PCA, or from a file."""
+"""Directions of one's own from two sets of texts, by difference of means or by PCA. From files: `vector_files`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mistudio.errors import ConfigError
-from mistudio.files import write_tensors
 from mistudio.lm import LanguageModel, Site
 
 Pooling = Literal["mean", "last"]
@@ -45,29 +40,6 @@ def principal_direction(
     return (u if (differences @ u).sum() >= 0 else -u).float()
 
 
-def read_vector(path: Path, key: str | None = None) -> Float[Tensor, " D"]:
-    """A vector from a .safetensors or .npz file, float32; `key` may be left out where the file holds one array.
-
-    ConfigError: no such file or key, not one axis, or not finite. Nothing is unpickled.
-    """
-    arrays = _read_arrays(path)
-    if key is None and len(arrays) != 1:
-        raise ConfigError(f"{path} holds {', '.join(arrays) or 'nothing'}; say which: {path}:NAME.")
-    name = next(iter(arrays)) if key is None else key
-    if name not in arrays:
-        raise ConfigError(f"{path} has no array {name!r}; it holds {', '.join(arrays)}.")
-    vector = arrays[name].float()
-    if vector.dim() != 1 or not bool(vector.isfinite().all()):
-        raise ConfigError(f"{name} in {path} has shape {list(vector.shape)}; wanted one axis [D] of finite numbers.")
-    return vector
-
-
-def write_vector(path: Path, vector: Float[Tensor, " D"], *, site: Site) -> Path:
-    """The path of a .safetensors file that holds `vector`, and its site as metadata."""
-    write_tensors(path, {"vector": vector.float()}, {"format": "mistudio.vector/1", "site": str(site)})
-    return path
-
-
 def _pooled(lm: LanguageModel, site: Site, texts: Sequence[str], pooling: Pooling) -> Float[Tensor, "N D"]:
     if not texts:
         raise ConfigError("A direction from texts needs at least one text on each side; found none.")
@@ -80,17 +52,3 @@ def _pool(lm: LanguageModel, site: Site, text: str, pooling: Pooling) -> Float[T
         raise ConfigError(f"The text {text!r} has no token besides BOS.")
     h = lm.run(tokens, read=(site,)).activations[site][0, 1:].double()  # [T-1, D]
     return h.mean(0) if pooling == "mean" else h[-1]
-
-
-def _read_arrays(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in file.files}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ConfigError(f"{path} does not read as {path.suffix[1:]}: {error}.") from error
-    raise ConfigError(f"{path} is neither .npz nor .safetensors.")

@@ -42,10 +42,12 @@ class Ahead(Generic[T]):
             raise self._failure
         raise StopIteration
 
-    def stop(self) -> None:
-        """The thread ends with the item it is making, if any; for where one cannot wait for it."""
+    def stop(self, wait_s: float = 0.0) -> None:
+        """The thread ends with the item it is making, if any, which is waited for `wait_s` at most."""
         self._stop = True
         self._free.release()
+        if threading.current_thread() is not self._thread:  # a garbage collection may run in any thread
+            self._thread.join(wait_s)
 
     def close(self) -> None:
         """The thread has ended; items that nobody asked for are dropped."""

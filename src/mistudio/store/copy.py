@@ -195,14 +195,14 @@ def _refuse_mixture(stores: Sequence[Store]) -> None:
             mine, other = vars(store.manifest.plan)[name], vars(first.manifest.plan)[name]
             if mine != other:
                 raise StoreError(
-                    f"{store.path} has {name} = {mine!r}, {first.path} has {other!r}; merged stores must agree. "
+                    f"{store.place} has {name} = {mine!r}, {first.place} has {other!r}; merged stores must agree. "
                     f"`mistudio store convert` changes sites and row dtype."
                 )
     texts = [_text(store.manifest.source) for store in stores]
     for number, text in enumerate(texts):
         if text in texts[:number]:
             raise StoreError(
-                f"{stores[texts.index(text)].path} and {stores[number].path} hold the same text, so rows would be "
+                f"{stores[texts.index(text)].place} and {stores[number].place} hold the same text, so rows would be "
                 f"there twice. Collect more of it with `mistudio collect --append` instead."
             )
 

@@ -26,6 +26,9 @@ from mistudio.store.manifest import (
 from mistudio.store.order import bucket_count
 from mistudio.store.statistics import FILE, read_statistics
 
+MAY_GROW = ("tokens", "documents", "disk_gb", "expected_rows", "bucket_rows")
+"""Settings in which an extension may differ from the store it goes on with."""
+
 
 def bucket_rows_to_extend(path: Path, rows: int) -> int | None:
     """The `bucket_rows` with which `rows` rows in all take as many buckets as the store at `path` has; None where
@@ -60,6 +63,7 @@ def reopen(path: Path, manifest: Manifest, plan: Plan) -> None:
         cursor=manifest.token_rows,
         bucket_sizes=manifest.bucket_sizes,
         statistics=f"statistics-{manifest.rows}.safetensors",
+        outliers=manifest.outliers,
     )
     write_tensors(path / progress.statistics, sums)
     write_progress(path, progress)

@@ -7,18 +7,19 @@ made ahead. With `world` trainers, rank r gets the r-th part of each batch that 
 
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 
 from mistudio.errors import StoreError
 from mistudio.store import order
 from mistudio.store.background import Ahead
-from mistudio.store.dtypes import ROWS, decode
+from mistudio.store.gather import Batches, default_threads, gather, row_order, row_order_ahead
 
 if TYPE_CHECKING:
     from mistudio.store.reader import Store
@@ -42,20 +43,41 @@ class FeedOptions:
     """Which of `world` trainers this is."""
     world: int = 1
     """Trainers that share the rows; all use the same seed and batch_rows and are at the same position."""
+    threads: int | None = None
+    """Threads that copy rows into batches; None: as many as torch uses, at most 4."""
     pinned: bool = False
     """Batches in page-locked memory, from which a GPU copies without waiting."""
 
     def __post_init__(self) -> None:
         if self.prefetch < 0:
             raise StoreError(f"prefetch = {self.prefetch}, but it is a number of batches from 0.")
+        if self.threads is not None and self.threads < 1:
+            raise StoreError(f"threads = {self.threads}, but at least 1 is needed.")
         if not 0 <= self.rank < self.world:
             raise StoreError(f"rank = {self.rank} of world = {self.world}, but ranks are 0 to world - 1.")
         if self.pinned and not torch.cuda.is_available():
             raise StoreError("pinned=True needs a CUDA GPU, and there is none here. Leave it out.")
 
 
+class RowSource(Protocol):
+    """What a feed needs of a store: of one on this machine's disk, or behind a feed server."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, the same for every site."""
+
+    def batches(
+        self, sites: tuple[str, ...], batch_rows: int, *, seed: int, start: Position, how: FeedOptions
+    ) -> Iterator[tuple[tuple[Float32[Tensor, "B _"], ...], Position]]:
+        """(A batch of every site, where the next one begins), without end."""
+
+
 START: Final = Position(0, 0)
+BUCKETS_AHEAD: Final = 1
+"""Buckets of a store at a URL that are fetched while the present one is read."""
 DEFAULTS: Final = FeedOptions()
+STOP_WAIT_S: Final = 1.0
+"""How long the end of a feed, or a seek, waits for its thread."""
 
 
 class JointFeed:
@@ -68,7 +90,14 @@ class JointFeed:
     """
 
     def __init__(
-        self, store: "Store", sites: tuple[str, ...], batch_rows: int, *, seed: int, start: Position, how: FeedOptions
+        self,
+        store: RowSource,
+        sites: tuple[str, ...],
+        batch_rows: int,
+        *,
+        seed: int,
+        start: Position,
+        how: FeedOptions,
     ):
         if batch_rows < 1:
             raise StoreError(f"batch_rows = {batch_rows}, but a batch has at least 1 row.")
@@ -104,11 +133,12 @@ class JointFeed:
         self._ahead = None
 
     def _start(self) -> Iterator[tuple[tuple[Tensor, ...], Position]]:
-        batches = _batches(self.store, self.sites, self.batch_rows, self.seed, self.position, self.how)
+        batches = self.store.batches(self.sites, self.batch_rows, seed=self.seed, start=self.position, how=self.how)
         if self.how.prefetch == 0:
             return batches
         ahead = Ahead(batches, self.how.prefetch)
-        self._stop_thread = weakref.finalize(self, ahead.stop)  # nothing in the thread refers to this feed
+        # nothing in the thread refers to this feed; one that runs on while the interpreter ends would abort the process
+        self._stop_thread = weakref.finalize(self, ahead.stop, STOP_WAIT_S)
         return ahead
 
     def _checked(self, position: Position) -> Position:
@@ -120,7 +150,7 @@ class JointFeed:
 class Feed:
     """Endless batches x/C [batch_rows, D] of one site, float32; everything else as `JointFeed` says."""
 
-    def __init__(self, store: "Store", site: str, batch_rows: int, *, seed: int, start: Position, how: FeedOptions):
+    def __init__(self, store: RowSource, site: str, batch_rows: int, *, seed: int, start: Position, how: FeedOptions):
         self.store, self.site, self.batch_rows, self.seed = store, site, batch_rows, seed
         self._joint = JointFeed(store, (site,), batch_rows, seed=seed, start=start, how=how)
 
@@ -144,41 +174,47 @@ class Feed:
         self._joint.seek(_restored(state, self.state()))
 
 
-def _batches(
+def local_batches(
     store: "Store", sites: tuple[str, ...], batch_rows: int, seed: int, start: Position, how: FeedOptions
 ) -> Iterator[tuple[tuple[Tensor, ...], Position]]:
     """(a batch of every site, where the next batch begins), without end."""
-    rows = _Rows(store, sites, seed, start)
-    scales = [np.float32(store.scale(site)) for site in sites]
+    rows = _Rows(store, sites, seed, start, how.threads or default_threads())
+    memory = [Batches(batch_rows, store.width(site), how.prefetch + 3) for site in sites]
     while True:
-        batches = tuple(torch.empty(batch_rows, store.width(site), pin_memory=how.pinned) for site in sites)
+        if how.pinned:
+            batches = tuple(torch.empty(batch_rows, store.width(site), pin_memory=True) for site in sites)
+        else:
+            batches = tuple(of_site.take() for of_site in memory)
         arrays = [batch.numpy() for batch in batches]
         rows.skip(how.rank * batch_rows)
         filled = 0
         while filled < batch_rows:
             filled += rows.fill([array[filled:] for array in arrays])
         rows.skip((how.world - 1 - how.rank) * batch_rows)
-        for array, scale in zip(arrays, scales, strict=True):
-            np.divide(array, scale, out=array)
+        del arrays
         yield batches, rows.position
+        del batches  # so that the memory may be used again as soon as it is given back
 
 
 class _Rows:
     """The rows of some sites in the order of a feed, taken any number at a time."""
 
-    def __init__(self, store: "Store", sites: tuple[str, ...], seed: int, start: Position):
-        self.store, self.sites, self.seed, self.position = store, sites, seed, start
+    def __init__(self, store: "Store", sites: tuple[str, ...], seed: int, start: Position, threads: int):
+        self.store, self.sites, self.seed, self.position, self.threads = store, sites, seed, start, threads
+        self._scales = [np.float32(store.scale(site)) for site in sites]
         self._sizes = np.array(store.manifest.bucket_sizes, dtype=np.int64)
         self._stored: list[dict[str, np.ndarray]] = []  # of each site, the bucket being read
         self._ahead = np.empty(0, dtype=np.int64)  # rows of it still to come, in order
+        self._orders: dict[tuple[int, int], Future[np.ndarray]] = {}  # (epoch, bucket) -> its order
 
     def fill(self, out: list[np.ndarray]) -> int:
-        """Copies as many rows to the heads of `out` as the present bucket still has, and says how many."""
+        """Copies as many rows, over C, to the heads of `out` as the present bucket still has, and says how many."""
         if not len(self._ahead):
             self._enter_bucket()
         chosen = self._ahead[: len(out[0])]
-        for stored, values in zip(self._stored, out, strict=True):
-            self._gather(stored, chosen, values[: len(chosen)])
+        dtype = self.store.manifest.dtype
+        for stored, scale, values in zip(self._stored, self._scales, out, strict=True):
+            gather(stored, dtype, chosen, scale, values[: len(chosen)], self.threads)
         self._advance(len(chosen))
         return len(chosen)
 
@@ -195,19 +231,29 @@ class _Rows:
     def _enter_bucket(self) -> None:
         epoch, offset = self.position.epoch, self.position.offset
         bucket, done = order.locate(self._sizes, self.seed, epoch, offset)
+        size = int(self._sizes[bucket])
         self._stored = [self.store.stored(site, bucket) for site in self.sites]
-        self._ahead = order.row_order(self.seed, epoch, bucket, int(self._sizes[bucket]))[done:]
+        ahead = self._orders.pop((epoch, bucket), None)
+        self._ahead = (row_order(self.seed, epoch, bucket, size) if ahead is None else ahead.result())[done:]
+        self._look_ahead()
 
-    def _gather(
-        self, stored: dict[str, np.ndarray], chosen: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]
-    ) -> None:
-        if self.store.manifest.dtype == "float32":
-            np.take(stored[ROWS], chosen, axis=0, out=out, mode="clip")  # "raise" would buffer the copy
-        else:
-            decode({tensor: rows[chosen] for tensor, rows in stored.items()}, self.store.manifest.dtype, out)
+    def _look_ahead(self) -> None:
+        """What the next buckets need is begun: fetching them, and with several threads their order."""
+        self._orders.clear()
+        place, left, buckets = self.position, len(self._ahead), []
+        for _ in range(min(BUCKETS_AHEAD, len(self._sizes) - 1)):
+            epochs, offset = divmod(place.offset + left, self.store.rows)
+            place = Position(place.epoch + epochs, offset)
+            bucket, _ = order.locate(self._sizes, self.seed, place.epoch, place.offset)
+            left = int(self._sizes[bucket])
+            buckets.append(bucket)
+            if self.threads > 1:
+                begun = row_order_ahead(self.seed, place.epoch, bucket, left, self.threads)
+                self._orders[place.epoch, bucket] = begun
+        self.store.expect(self.sites, buckets)
 
 
-def _state(store: "Store", of: dict[str, Any], seed: int, position: Position) -> dict[str, Any]:
+def _state(store: RowSource, of: dict[str, Any], seed: int, position: Position) -> dict[str, Any]:
     return {**of, "seed": seed, "rows": store.rows, "epoch": position.epoch, "offset": position.offset}
 
 

@@ -5,10 +5,13 @@ import fcntl
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from mistudio.errors import StoreError
+from mistudio.store.remote import url_of
 
 _FIRST = (".lock", "statistics-0.safetensors")  # written before there is a progress.json
 
@@ -16,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def refuse_occupied(path: Path) -> None:
-    """Nothing. StoreError: the folder holds a store, finished or not, or something else."""
+    """Nothing. StoreError: the folder holds a store, finished or not, or something else; or it is a URL."""
+    if (url := url_of(path)) is not None:
+        raise StoreError(f"{url} is not a folder. Write to a folder, then: mistudio store copy FOLDER {url}")
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; a store needs a folder. Choose another one.")
     found = entries(path)
@@ -63,6 +68,19 @@ def lock(path: Path) -> IO[str]:
             raise
         log.warning("%s is on a file system without locks: see to it that no other process writes there.", path)
     return file
+
+
+@contextmanager
+def written_in(path: Path) -> Iterator[None]:
+    """A block that writes in the folder. StoreError: the disk refuses it, naming the file and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        file = path if error.filename is None else error.filename
+        raise StoreError(
+            f"{file} cannot be written: {error.strerror or error}. Put that right (room on the disk, permissions), "
+            f"then go on from the last checkpoint with the same command and --resume."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

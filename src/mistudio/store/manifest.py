@@ -4,6 +4,7 @@ Neither file has a date, a host or a path in it: an interrupted collection that 
 one that never stopped.
 """
 
+import json
 import math
 import re
 from collections.abc import Container, Mapping
@@ -16,11 +17,14 @@ from mistudio.errors import ConfigError, StoreError
 from mistudio.files import read_json, write_json
 from mistudio.store.dtypes import check_dtype, site_row_bytes
 from mistudio.store.order import bucket_count, check_seed
+from mistudio.store.outliers import Outliers
 from mistudio.store.shard import bucket_shards
 
 FORMAT: Final = "mistudio-store"
-VERSION: Final = 2
-"""2: checksums, and rows in other number types than float32. Finished stores of version 1 are read too."""
+VERSION: Final = 3
+"""2: checksums, and rows in other number types than float32. 3: what ended the collection, and outliers. Finished
+stores of versions 1 and 2 are read too."""
+READABLE: Final = (1, 2, VERSION)
 T = TypeVar("T")
 
 
@@ -122,6 +126,11 @@ class Manifest:
     """Site, site/row_scale or where -> SHA-256 of each bucket's rows (`Shard.hash`). None: version 1 had none."""
     statistics_sha256: str | None = None
     """SHA-256 of statistics.safetensors. None: version 1 had none."""
+    ended_by: str | None = None
+    """Which budget ended the collection: tokens, documents, disk_gb, hours, or text where the text did. None: not
+    known, or made from other stores."""
+    outliers: Outliers | None = None
+    """The rule for rows far longer than the others, and how many there were. None: not looked for."""
 
     def __post_init__(self) -> None:
         plan = self.plan  # its checks hold here too
@@ -172,6 +181,8 @@ class Progress:
     """Rows of each bucket at the checkpoint."""
     statistics: str
     """Name of the file with the float64 sums at the checkpoint."""
+    outliers: Outliers | None = None
+    """As in the manifest, at the checkpoint."""
 
     def __post_init__(self) -> None:
         if len(self.bucket_sizes) != self.plan.n_buckets or min(self.bucket_sizes) < 0:
@@ -199,7 +210,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished store. StoreError: none there (it says how far the collection got), or not valid."""
     path = folder / "manifest.json"
     if path.is_file():
-        return _read(Manifest, path, (1, VERSION))
+        return _read(Manifest, path, READABLE)
     if (folder / "progress.json").is_file():
         progress = read_progress(folder)
         raise StoreError(
@@ -210,12 +221,21 @@ def read_manifest(folder: Path) -> Manifest:
     raise StoreError(f"There is no activation store at {folder}. Make one with `mistudio collect ... --out {folder}`.")
 
 
+def manifest_of(data: bytes, name: str) -> Manifest:
+    """The manifest in a file's bytes. StoreError: it is not valid; `name` is what the message calls the file."""
+    try:
+        plain = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{name} is not valid JSON: {error}") from error
+    return _parsed(Manifest, plain, name, READABLE)
+
+
 def read_progress(folder: Path) -> Progress:
     """The last checkpoint of an unfinished store. StoreError: it is not valid."""
     return _read(Progress, folder / "progress.json", (VERSION,))
 
 
-def refuse_difference(path: Path, found: Plan, wanted: Plan, *, besides: Container[str] = ()) -> None:
+def refuse_difference(path: Path | str, found: Plan, wanted: Plan, *, besides: Container[str] = ()) -> None:
     """Nothing. StoreError: the collection at `path` was asked for something else, naming the first difference but
     those in `besides`."""
     old, new = ({**plan.source, **to_dict(plan), "source": None} for plan in (found, wanted))
@@ -229,15 +249,21 @@ def refuse_difference(path: Path, found: Plan, wanted: Plan, *, besides: Contain
 
 def _read(cls: type[T], path: Path, versions: tuple[int, ...]) -> T:
     try:
-        data = read_json(path)
-        version = data.get("version") if isinstance(data, dict) and data.get("format") == FORMAT else None
-        if version is None:
-            raise StoreError(f'{path} does not describe a mistudio store: "format" is not "{FORMAT}".')
-        if version not in versions:
-            readable = " and ".join(map(str, versions))
-            raise StoreError(
-                f"{path} has version {version!r}; this mistudio reads version {readable}. Use the one that wrote it."
-            )
-        return from_dict(cls, data, source=str(path))
+        return _parsed(cls, read_json(path), str(path), versions)
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
+
+
+def _parsed(cls: type[T], data: Any, name: str, versions: tuple[int, ...]) -> T:
+    version = data.get("version") if isinstance(data, dict) and data.get("format") == FORMAT else None
+    if version is None:
+        raise StoreError(f'{name} does not describe a mistudio store: "format" is not "{FORMAT}".')
+    if version not in versions:
+        readable = " and ".join(filter(None, [", ".join(map(str, versions[:-1])), str(versions[-1])]))
+        raise StoreError(
+            f"{name} has version {version!r}; this mistudio reads version {readable}. Use the one that wrote it."
+        )
+    try:
+        return from_dict(cls, data, source=name)
     except ConfigError as error:
         raise StoreError(str(error)) from error

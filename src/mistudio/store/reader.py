@@ -1,6 +1,7 @@
 """Reads a finished store: scale, mean, rows as stored, and an endless shuffled feed that resumes exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,36 +9,43 @@ from jaxtyping import Float32, Int32
 from torch import Tensor
 
 from mistudio.errors import StoreError
+from mistudio.store.cache import Cache
 from mistudio.store.dtypes import ROWS, decode
-from mistudio.store.feed import DEFAULTS, START, Feed, FeedOptions, JointFeed, Position
-from mistudio.store.manifest import Manifest, read_manifest
-from mistudio.store.shard import Shard, bucket_shards, shard_name, site_shards, where_shard
-from mistudio.store.statistics import read_statistics
+from mistudio.store.feed import DEFAULTS, START, Feed, FeedOptions, JointFeed, Position, local_batches
+from mistudio.store.manifest import Manifest
+from mistudio.store.mirror import Files, files_at
+from mistudio.store.shard import Shard, shard_name, site_shards, where_shard
+from mistudio.store.statistics import FILE, statistics_of
 
 
 class Store:
-    """Activation rows of one or more sites of one model, on disk; made by `open`."""
+    """Activation rows of one or more sites of one model, on disk or at a URL; made by `open`."""
 
-    def __init__(self, path: Path, manifest: Manifest, means: dict[str, Tensor]):
-        self.path, self.manifest = path, manifest
-        self._means = means
+    def __init__(self, files: Files, manifest: Manifest, means: dict[str, Tensor]):
+        self.manifest = manifest
+        self.path = files.folder
+        """Where its files are; for a store at a URL, where in the cache they come to be."""
+        self.place = str(files)
+        """The folder or URL."""
+        self._files, self._means = files, means
         self._sound: set[tuple[str, int]] = set()  # shards whose checksum was found right
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
-        """The store in the folder `path`, its files checked against the manifest by size.
+    def open(cls, place: str | Path, buckets: Collection[int] | None = None, *, cache: Cache | None = None) -> "Store":
+        """The store in the folder or at the URL `place`, its files checked against the manifest by size.
 
-        Header and checksum of a file are checked when it is first read through this object.
+        Header and checksum of a file are checked when it is first read through this object. From a URL (s3://, gs://,
+        hf://, http://, ...; see `remote`) shards are fetched when they are needed into `cache`; None: the one that
+        MISTUDIO_CACHE and MISTUDIO_CACHE_GB name. buckets: those that must be there; None: all.
 
-        StoreError: no store, an unfinished one (it says how far it got and how to go on), a damaged or an unknown one.
+        StoreError: no store, an unfinished one (it says how far it got and how to go on), a damaged or an unknown one;
+        a server that does not answer, or refuses.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        for bucket, size in enumerate(manifest.bucket_sizes):
-            for shard in bucket_shards(path, bucket, manifest.plan.widths, manifest.dtype).values():
-                shard.check_size(size)
-        moments = read_statistics(path, manifest)
-        return cls(path, manifest, {site: mean.float() for site, (mean, _) in moments.items()})
+        files = files_at(place, cache)
+        manifest = files.manifest()
+        files.check_sizes(manifest, range(len(manifest.bucket_sizes)) if buckets is None else buckets)
+        moments = statistics_of(files.read(FILE), f"{files}/{FILE}", manifest)
+        return cls(files, manifest, {site: mean.float() for site, (mean, _) in moments.items()})
 
     @property
     def rows(self) -> int:
@@ -85,6 +93,10 @@ class Store:
         """Token id, document and offset in the document of each row of `bucket(site, bucket)`; read-only."""
         return self._map("where", where_shard(self.path, bucket), bucket)
 
+    def file(self, name: str) -> bytes:
+        """The bytes of manifest.json or statistics.safetensors."""
+        return self._files.read(name)
+
     def feed(
         self,
         site: str,
@@ -109,18 +121,43 @@ class Store:
         """Endless shuffled batches of several sites in step, as a transcoder needs them; see `JointFeed`."""
         known = tuple(self._known(site) for site in sites)
         if not known:
-            raise StoreError(f"A feed needs at least one site; {self.path} has {', '.join(self.sites)}.")
+            raise StoreError(f"A feed needs at least one site; {self.place} has {', '.join(self.sites)}.")
         return JointFeed(self, known, batch_rows, seed=seed, start=start, how=how)
 
-    def _map(self, name: str, shard: Shard, bucket: int) -> np.ndarray:
-        size = self.manifest.bucket_sizes[bucket]
-        mapped = shard.map(size)
-        if self.manifest.checksums is not None and (name, bucket) not in self._sound:
-            shard.check_hash(size, self.manifest.checksums[name][bucket])
+    def batches(
+        self, sites: tuple[str, ...], batch_rows: int, *, seed: int, start: Position, how: FeedOptions
+    ) -> Iterator[tuple[tuple[Float32[Tensor, "B _"], ...], Position]]:
+        """(A batch of every site, where the next one begins), without end; what a feed is made of."""
+        return local_batches(self, sites, batch_rows, seed, start, how)
+
+    @contextmanager
+    def held(self, name: str, shard: Shard, bucket: int) -> Iterator[None]:
+        """A block in which the file of a shard, as `bucket_shards` names it, is at its path and is sound."""
+        known = (name, bucket) in self._sound
+        with self._files.held(shard, self.manifest.bucket_sizes[bucket], self._checksum(name, bucket), known=known):
             self._sound.add((name, bucket))
-        return mapped
+            yield
+
+    def expect(self, sites: Sequence[str], buckets: Sequence[int]) -> None:
+        """Says which buckets will be read next, so that those elsewhere can be fetched meanwhile."""
+        wanted = []
+        for bucket in buckets:
+            for site in sites:
+                shards = site_shards(self.path, site, bucket, self.width(site), self.manifest.dtype)
+                wanted += [
+                    (shard, self.manifest.bucket_sizes[bucket], self._checksum(shard_name(site, tensor), bucket))
+                    for tensor, shard in shards.items()
+                ]
+        self._files.expect(wanted)
+
+    def _map(self, name: str, shard: Shard, bucket: int) -> np.ndarray:
+        with self.held(name, shard, bucket):
+            return shard.map(self.manifest.bucket_sizes[bucket])
+
+    def _checksum(self, name: str, bucket: int) -> str | None:
+        return None if self.manifest.checksums is None else self.manifest.checksums[name][bucket]
 
     def _known(self, site: str) -> str:
         if site not in self.manifest.sites:
-            raise StoreError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}.")
+            raise StoreError(f"{self.place} has no site {site!r}; it has {', '.join(self.sites)}.")
         return site

@@ -53,7 +53,7 @@ class Shard:
     def truncate(self, rows: int) -> None:
         """The file holds `rows` rows and nothing after them; new where there are none. StoreError: it has fewer."""
         if rows == 0:
-            self.path.write_bytes(self._prefix(0))
+            self.path.write_bytes(self.prefix(0))
             return
         found = self.path.stat().st_size if self.path.is_file() else 0
         if found < self.total_bytes(rows):
@@ -66,6 +66,12 @@ class Shard:
     def to_bytes(self, values: np.ndarray) -> memoryview:
         """The bytes of `values` [n, width] in the file."""
         return np.ascontiguousarray(values, dtype=_DTYPES[self.dtype]).reshape(-1).view(np.uint8).data
+
+    def of_bytes(self, data: memoryview, rows: int) -> np.ndarray:
+        """The tensor [rows, width] that `to_bytes` made bytes of, a view. StoreError: too many or few bytes."""
+        if data.nbytes != rows * self.row_bytes:
+            raise StoreError(f"{data.nbytes:,} bytes came for {rows:,} rows of {self.row_bytes:,} bytes each.")
+        return np.frombuffer(data, dtype=_DTYPES[self.dtype]).reshape(rows, self.width)
 
     def write(self, row: int, left: memoryview) -> None:
         """`left`, as `to_bytes` gives it, is in the file from row `row` on. StoreError: the disk refuses it."""
@@ -88,7 +94,7 @@ class Shard:
     def close(self, rows: int) -> None:
         """The header says `rows` rows, and everything is on the disk."""
         with open(self.path, "r+b") as file:
-            file.write(self._prefix(rows))
+            file.write(self.prefix(rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -130,9 +136,9 @@ class Shard:
         self.check_size(rows)
         with open(self.path, "rb") as file:
             found = file.read(PREFIX_BYTES)
-        if found != self._prefix(rows):
+        if found != self.prefix(rows):
             shown = found[8:].decode("utf-8", "replace").strip()
-            expected = self._prefix(rows)[8:].decode().strip()
+            expected = self.prefix(rows)[8:].decode().strip()
             raise StoreError(f"{self.path} has the header {shown!r}; expected {expected!r}. {_DAMAGED}")
         if rows == 0:
             return np.zeros((0, self.width), dtype=_DTYPES[self.dtype])
@@ -140,7 +146,8 @@ class Shard:
             np.memmap(self.path, _DTYPES[self.dtype], mode="r", offset=PREFIX_BYTES, shape=(rows, self.width))
         )
 
-    def _prefix(self, rows: int) -> bytes:
+    def prefix(self, rows: int) -> bytes:
+        """The file's first `PREFIX_BYTES` bytes when it has `rows` rows."""
         header = {
             self.tensor: {
                 "dtype": self.dtype,

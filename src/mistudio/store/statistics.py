@@ -60,8 +60,16 @@ def read_statistics(folder: Path, manifest: Manifest) -> dict[str, tuple[Tensor,
     path = folder / FILE
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}. The store is damaged; copy or collect it again.") from error
+    return statistics_of(data, str(path), manifest)
+
+
+def statistics_of(data: bytes, path: str, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+    """As `read_statistics`, from the file's bytes; `path` is what a message calls it."""
+    try:
         found = load(data)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise StoreError(f"{path} cannot be read: {error}. The store is damaged; copy or collect it again.") from error
     names = {
         f"{site}.{kind}": info.width for site, info in manifest.sites.items() for kind in ("mean", "second_moment")

@@ -1,4 +1,4 @@
-"""Looking after stores on disk: which there are, whether they are sound, and taking one away."""
+"""Looking after stores: which there are, whether they are sound, and taking one away."""
 
 import json
 import os
@@ -9,9 +9,11 @@ from pathlib import Path
 from mistudio.errors import StoreError
 from mistudio.progress import progress_bar
 from mistudio.store.folder import lock
-from mistudio.store.manifest import FORMAT, Manifest, Plan, read_manifest, read_progress
+from mistudio.store.manifest import FORMAT, Plan, read_manifest, read_progress
+from mistudio.store.mirror import COPYING, files_at
+from mistudio.store.remote import Remote, folder_of, url_of
 from mistudio.store.shard import bucket_shards
-from mistudio.store.statistics import FILE, read_statistics
+from mistudio.store.statistics import FILE, statistics_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,61 +52,72 @@ class Verification:
     """One sentence for each file that is not as it was written."""
 
 
-def stores_in(folder: Path) -> Iterator[Summary]:
-    """Every store in `folder` or below it, by path. StoreError: there is no such folder."""
+def stores_in(place: str | Path) -> Iterator[Summary]:
+    """Every store in a folder, or at a URL, or below it, by path. StoreError: no such folder, or files cannot be
+    listed."""
+    if (url := url_of(place)) is not None:
+        yield from _stores_at(Remote(url))
+        return
+    folder = folder_of(place)
     if not folder.is_dir():
         raise StoreError(f"There is no folder {folder}.")
-    for place, folders, files in os.walk(folder):
+    for below, folders, files in os.walk(folder):
         folders.sort()
-        path = Path(place)
+        path = Path(below)
         name = next((name for name in ("manifest.json", "progress.json") if name in files), None)
-        if name is not None and _is_ours(path / name):
+        if name is not None and _is_ours((path / name).read_bytes()):
             folders.clear()
             yield summary(path)
 
 
-def summary(path: Path) -> Summary:
-    """What `path` holds, finished or not; a manifest that cannot be read is told in `state`."""
+def summary(place: str | Path) -> Summary:
+    """What a folder or URL holds, finished or not; a manifest that cannot be read is told in `state`."""
+    url, path = url_of(place), folder_of(place)
     try:
-        if (path / "manifest.json").is_file():
-            manifest = read_manifest(path)
-            return _summary(path, "finished", manifest.plan, manifest.rows)
+        if url is not None or (path / "manifest.json").is_file():
+            manifest = files_at(place).manifest()
+            return _summary(url or str(path), "finished", manifest.plan, manifest.rows)
         progress = read_progress(path)
-        return _summary(path, "unfinished", progress.plan, progress.rows)
+        return _summary(str(path), "unfinished", progress.plan, progress.rows)
     except StoreError as error:
-        return Summary(path=str(path), state=str(error), rows=0, expected_rows=0, model="", sites=(), dtype="", bytes=0)
+        shown = url or str(path)
+        return Summary(path=shown, state=str(error), rows=0, expected_rows=0, model="", sites=(), dtype="", bytes=0)
 
 
-def verify(path: Path) -> Verification:
-    """Sizes, headers and checksums of all files of a finished store; reads every byte.
+def verify(place: str | Path) -> Verification:
+    """Sizes, headers and checksums of all files of a finished store; reads every byte, from a URL too.
 
     StoreError: there is no finished store whose manifest can be read.
     """
-    manifest = read_manifest(path)
-    files, total, problems = 1, 0, []
+    files = files_at(place)
+    manifest = files.manifest()
+    seen, total, problems = 1, 0, []
     with progress_bar("verify", manifest.rows * manifest.plan.row_bytes, "bytes") as bar:
-        for bucket, size in enumerate(manifest.bucket_sizes):
-            for name, shard in bucket_shards(path, bucket, manifest.plan.widths, manifest.dtype).items():
-                files, total = files + 1, total + shard.total_bytes(size)
+        for bucket, rows in enumerate(manifest.bucket_sizes):
+            for name, shard in bucket_shards(files.folder, bucket, manifest.plan.widths, manifest.dtype).items():
+                seen, total = seen + 1, total + shard.total_bytes(rows)
                 try:
-                    shard.map(size)
-                    if manifest.checksums is not None:
-                        shard.check_hash(size, manifest.checksums[name][bucket])
+                    files.verify(shard, rows, None if manifest.checksums is None else manifest.checksums[name][bucket])
                 except StoreError as error:
                     problems.append(str(error))
-                bar.advance(size * shard.row_bytes)
-    problems += _statistics_problem(path, manifest)
-    return Verification(files=files, bytes=total, checksums=manifest.checksums is not None, problems=tuple(problems))
+                bar.advance(rows * shard.row_bytes)
+    try:
+        statistics_of(files.read(FILE), f"{files}/{FILE}", manifest)
+    except StoreError as error:
+        problems.append(str(error))
+    return Verification(files=seen, bytes=total, checksums=manifest.checksums is not None, problems=tuple(problems))
 
 
 def remove(path: Path) -> tuple[str, ...]:
     """Takes away the store at `path`, finished or not, and the folder where nothing else is in it.
 
     Returns the names of what is left because it is not the store's. The manifest goes first, so that a kill never
-    leaves something that looks whole. StoreError: there is no store, or another process writes to it.
+    leaves something that looks whole. StoreError: there is no store, another process writes to it, or it is at a URL.
     """
+    if url_of(path) is not None:
+        raise StoreError(f"{url_of(path)} is not removed by mistudio. Use the tool of that place, such as `aws s3 rm`.")
     names = [name for name in ("manifest.json", "progress.json") if (path / name).is_file()]
-    if not any(_is_ours(path / name) for name in names):
+    if not any(_is_ours((path / name).read_bytes()) for name in names):
         raise StoreError(f"There is no activation store at {path}, so nothing was removed.")
     sites = _plan_of(path).widths
     with lock(path):
@@ -129,17 +142,22 @@ def _plan_of(path: Path) -> Plan:
     return (read_manifest(path) if (path / "manifest.json").is_file() else read_progress(path)).plan
 
 
-def _statistics_problem(path: Path, manifest: Manifest) -> list[str]:
-    try:
-        read_statistics(path, manifest)
-    except StoreError as error:
-        return [str(error)]
-    return []
+def _stores_at(remote: Remote) -> Iterator[Summary]:
+    names = ("manifest.json", COPYING)
+    found = sorted({name.rpartition("/")[0] for name in remote.sizes() if name.rpartition("/")[2] in names})
+    for folder in found:
+        manifest = f"{folder}/manifest.json".lstrip("/")
+        try:
+            ours = _is_ours(remote.read(manifest))
+        except FileNotFoundError:
+            ours = True  # an unfinished copy
+        if ours:
+            yield summary(f"{remote.url}/{folder}".rstrip("/"))
 
 
-def _summary(path: Path, state: str, plan: Plan, rows: int) -> Summary:
+def _summary(path: str, state: str, plan: Plan, rows: int) -> Summary:
     return Summary(
-        path=str(path),
+        path=path,
         state=state,
         rows=rows,
         expected_rows=plan.expected_rows,
@@ -150,10 +168,10 @@ def _summary(path: Path, state: str, plan: Plan, rows: int) -> Summary:
     )
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(data: bytes) -> bool:
     """Whether the file says it is a store's; other programs have manifests too."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        plain = json.loads(data)
+    except ValueError:
         return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
+    return isinstance(plain, dict) and plain.get("format") == FORMAT

@@ -24,8 +24,8 @@ from mistudio import __version__
 from mistudio.errors import StoreError
 from mistudio.files import write_tensors
 from mistudio.store.dtypes import RowDtype, encode, stored_values
-from mistudio.store.extend import reopen
-from mistudio.store.folder import entries, lock, refuse_occupied, refuse_small_disk, sync_folder
+from mistudio.store.extend import MAY_GROW, reopen
+from mistudio.store.folder import entries, lock, refuse_occupied, refuse_small_disk, sync_folder, written_in
 from mistudio.store.manifest import (
     FORMAT,
     VERSION,
@@ -39,6 +39,7 @@ from mistudio.store.manifest import (
     write_progress,
 )
 from mistudio.store.order import buckets_of_rows
+from mistudio.store.outliers import Outliers
 from mistudio.store.reader import Store
 from mistudio.store.shard import Shard, bucket_shards, shard_name
 from mistudio.store.statistics import column_sums, read_sums, write_statistics
@@ -55,6 +56,8 @@ class StoreWriter:
         self._sums = {site: torch.zeros(2, width, dtype=torch.float64) for site, width in plan.widths.items()}
         self._hashes = {name: [hashlib.sha256() for _ in sizes] for name in self._shards(0)}
         self._touched: set[int] = set()  # buckets written to since the last checkpoint
+        self.outliers: Outliers | None = None
+        """What the manifest will say of them; kept at checkpoints."""
         self.complete = complete
         """The store is finished; there is nothing to write."""
         self._lock = lock
@@ -121,6 +124,7 @@ class StoreWriter:
         refuse_difference(path, progress.plan, plan)
         refuse_small_disk(path, plan.row_bytes * max(plan.expected_rows - progress.rows, 0))
         writer = cls(path, plan, held, cursor=progress.cursor, sizes=progress.bucket_sizes, complete=False)
+        writer.outliers = progress.outliers
         writer._sums = read_sums(path / progress.statistics, plan.widths)
         writer._cut_back()
         return writer
@@ -138,13 +142,13 @@ class StoreWriter:
         if (path / "manifest.json").is_file():
             with lock(path):
                 manifest = read_manifest(path)
-                refuse_difference(path, manifest.plan, plan, besides=("tokens", "expected_rows", "bucket_rows"))
+                refuse_difference(path, manifest.plan, plan, besides=MAY_GROW)
                 if manifest.plan.n_buckets != plan.n_buckets or manifest.rows > plan.expected_rows:
                     raise StoreError(
                         f"{path} has {manifest.rows:,} rows in {manifest.plan.n_buckets} buckets; it cannot become one "
                         f"of {plan.expected_rows:,} in {plan.n_buckets}. Ask for more rows and the same buckets."
                     )
-                if manifest.plan != plan:
+                if manifest.plan != plan or manifest.ended_by == "hours":
                     reopen(path, manifest, plan)
         return cls.of_plan(path, plan, resume=True)
 
@@ -194,7 +198,14 @@ class StoreWriter:
             self._sums[site] += sums[site]
 
     def checkpoint(self, cursor: int) -> None:
-        """A kill from now on loses nothing that is written: files on the disk first, then progress.json in one step."""
+        """A kill from now on loses nothing that is written: files on the disk first, then progress.json in one step.
+
+        StoreError: the disk refuses it.
+        """
+        with written_in(self.path):
+            self._checkpoint(cursor)
+
+    def _checkpoint(self, cursor: int) -> None:
         for bucket in sorted(self._touched):
             for shard in self._shards(bucket).values():
                 shard.sync()
@@ -209,29 +220,34 @@ class StoreWriter:
             cursor=cursor,
             bucket_sizes=tuple(self.sizes.tolist()),
             statistics=statistics,
+            outliers=self.outliers,
         )
         write_progress(self.path, progress)
         self._delete_leftovers(keep=statistics)
 
-    def finish(self, token_rows: int | None = None) -> Store:
+    def finish(self, token_rows: int | None = None, ended_by: str | None = None) -> Store:
         """The finished store: headers closed, statistics and, last of all, manifest.json written.
 
-        token_rows: packed rows that the model read; None: the cursor. StoreError: the store has no rows, or all rows of
-        a site are zero, so that there is no scale.
+        token_rows: packed rows that the model read; None: the cursor. ended_by: as the manifest says it. StoreError:
+        the store has no rows, all rows of a site are zero, so that there is no scale, or the disk refuses it.
         """
+        with written_in(self.path):
+            self._finish(token_rows, ended_by)
+        self.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+        return Store.open(self.path)
+
+    def _finish(self, token_rows: int | None, ended_by: str | None) -> None:
         if not self.complete:
             if self.rows == 0:
                 raise StoreError(f"No row was written to {self.path}, so there is nothing to finish.")
             for bucket, size in enumerate(self.sizes.tolist()):
                 for shard in self._shards(bucket).values():
                     shard.close(size)
-            self._write_results(self.cursor if token_rows is None else token_rows)
+            self._write_results(self.cursor if token_rows is None else token_rows, ended_by)
             self.complete = True
         (self.path / "progress.json").unlink(missing_ok=True)
         self._delete_leftovers(keep=None)
-        self.close()
-        (self.path / ".lock").unlink(missing_ok=True)
-        return Store.open(self.path)
 
     def close(self) -> None:
         """Lets go of the folder, so that another writer may resume; what came after the last checkpoint is lost."""
@@ -284,7 +300,7 @@ class StoreWriter:
             if path.name != keep:
                 path.unlink()
 
-    def _write_results(self, token_rows: int) -> None:
+    def _write_results(self, token_rows: int, ended_by: str | None) -> None:
         sites, statistics_sha256 = write_statistics(self.path, self._sums, self.rows)
         manifest = Manifest(
             format=FORMAT,
@@ -303,6 +319,8 @@ class StoreWriter:
             source=self.plan.source,
             checksums={name: tuple(h.hexdigest() for h in hashes) for name, hashes in self._hashes.items()},
             statistics_sha256=statistics_sha256,
+            ended_by=ended_by,
+            outliers=self.outliers,
         )
         write_manifest(self.path, manifest)
 

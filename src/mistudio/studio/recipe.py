@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mistudio.config import load_file
 from mistudio.errors import ConfigError
+from mistudio.studio.train_verb import RecipeName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class SAEStage:
     """Where; one of the sites collected."""
     width: int
     """Number of features."""
-    recipe: Literal["quick", "gemma_scope"] = "quick"
+    recipe: RecipeName = "quick"
     """The training recipe."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainConfig that differ from the training recipe."""

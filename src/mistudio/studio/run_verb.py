@@ -108,7 +108,7 @@ def _collect_config(recipe: Recipe, workspace: Path) -> CollectConfig:
 def _train_config(recipe: Recipe, stage: SAEStage, workspace: Path) -> train_verb.Config:
     out = sae_folder(workspace, stage.site)
     return train_verb.Config(
-        store=store_folder(workspace),
+        store=str(store_folder(workspace)),
         site=stage.site,
         width=stage.width,
         out=out,

@@ -13,6 +13,7 @@ from mistudio.hub.formats import load_any
 from mistudio.lm import LanguageModel, Site
 from mistudio.sae import SAE
 from mistudio.steer import (
+    BEFORE_NOVEMBER_2025,
     STEERED,
     UNSTEERED,
     Lab,
@@ -22,6 +23,7 @@ from mistudio.steer import (
     check_source,
     np_experiment,
     np_lab,
+    np_legacy,
     np_parity,
     np_site,
     read_np,
@@ -44,6 +46,15 @@ class Config:
     """Of model and steering; Neuronpedia's Gemmas are in bfloat16. None: float32 on the CPU, bfloat16 on a GPU."""
     device: str | None = None
     """None: a GPU if there is one."""
+    recipe: Literal["np-2026", "np-legacy"] = "np-2026"
+    """Whose arithmetic: the server since August 2026, or an older one with its defects."""
+    defect: tuple[str, ...] | None = None
+    """With np-legacy, which defects: hooks-add-all, generated-unsteered, special-turns, frequency-penalty, double-bos,
+    layer-early. None: the first four, as until 21 November 2025."""
+
+    def __post_init__(self) -> None:
+        if self.defect is not None and self.recipe != "np-legacy":
+            raise ConfigError("Defects are of older servers; add --recipe np-legacy.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +62,7 @@ class Result:
     """Our texts, and how the recorded ones compare."""
 
     recipe: str
-    """Whose arithmetic: np-2026."""
+    """Whose arithmetic."""
     outcome: Outcome
     """Both arms, written here."""
     parity: list[Parity]
@@ -61,17 +72,22 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Writes both arms by the recipe np-2026, and checks the recorded ones if they are greedy."""
+    """Writes both arms by the recipe, and checks the recorded ones if they are greedy."""
     record = read_np(config.record)
     lab = _lab(config, record.request)
+    experiment = np_experiment(lab.lm, record.request)
+    if config.recipe == "np-legacy":
+        lab, experiment = np_legacy(
+            lab, record.request, BEFORE_NOVEMBER_2025 if config.defect is None else config.defect
+        )
     note: str | None = None
     if not (record.steered or record.default):
         note = "the file has no answer to compare with"
     elif record.request.temperature > 0:
         note = "sampled texts are not compared: Neuronpedia's random numbers are its own"
-    parity = np_parity(lab, record) if note is None else []
-    outcome = run_experiment(lab, np_experiment(lab.lm, record.request))
-    return Result(recipe="np-2026", outcome=outcome, parity=parity, note=note)
+    parity = np_parity(lab, record, experiment) if note is None else []
+    outcome = run_experiment(lab, experiment)
+    return Result(recipe=config.recipe, outcome=outcome, parity=parity, note=note)
 
 
 def show(result: Result) -> RenderableType:

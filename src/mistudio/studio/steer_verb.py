@@ -1,5 +1,6 @@
 """`mistudio steer`: the same prompt continued with and without features added to the model."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,22 +17,29 @@ from mistudio.errors import ConfigError
 from mistudio.steer import (
     METHODS,
     STEERED,
+    SUFFIXES,
     UNSTEERED,
     ArmSummary,
     Experiment,
     Interval,
+    Lab,
     NPMessage,
     Outcome,
     Push,
     Strengths,
     Track,
     When,
+    added_vectors,
     chat_prompt,
     plot_dose_response,
+    plot_tracks,
     record,
     run_experiment,
+    write_program,
+    write_vectors,
 )
 from mistudio.studio.steer_lab import load_lab
+from mistudio.studio.steer_live import live_texts
 
 SHOWN_PAIRS = 4
 """Pairs of texts shown; all are in the JSON."""
@@ -50,7 +58,7 @@ class Config:
     strength: tuple[float, ...] = ()
     """One strength a feature and vector, in the method's unit; for add, raw activation units."""
     vector: tuple[Path, ...] = ()
-    """Files of vectors to steer by (.npz or .safetensors with one array), after the features."""
+    """Files of vectors to steer by (.npz, .safetensors or .gguf with one array), after the features."""
     method: str = "add"
     """The equation: add, add-keeping-norm, add-relative, clamp, clamp-at-least, clamp-where-active, scale,
     ablate-feature, ablate-direction, orthogonal, projection-set, projection-cap, projection-floor, reconstruct."""
@@ -88,6 +96,13 @@ class Config:
     """File to record the experiment in; `mistudio steer-run FILE` runs it again."""
     plot: Path | None = None
     """PNG of the sweep."""
+    track_plot: Path | None = None
+    """PNG of the followed features along the texts."""
+    export: Path | None = None
+    """File to put the steering in for use elsewhere: the vector (.safetensors, .npz; .gguf for llama.cpp), or a program
+    (.py) that writes the steered text with torch and transformers alone."""
+    stream: bool = False
+    """Show the texts of the first seed while they are written."""
 
     def __post_init__(self) -> None:
         given, wanted = len(self.strength), len(self.feature) + len(self.vector)
@@ -104,6 +119,10 @@ class Config:
             raise ConfigError(f"{self.method} takes no strength; leave --strength out.")
         if self.plot is not None and self.sweep is None:
             raise ConfigError("--plot draws a sweep; give one: --sweep 0,10,20,40,80.")
+        if self.track_plot is not None and not self.track:
+            raise ConfigError("--track-plot draws followed features; say which: --track 123.")
+        if self.export is not None and self.export.suffix not in (*SUFFIXES, ".py"):
+            raise ConfigError(f"--export {self.export} has none of the endings {', '.join((*SUFFIXES, '.py'))}.")
         if self.chat and self.ask is not None:
             raise ConfigError("--ask is put before a prompt; a chat's message is its prompt already.")
         if self.seeds < 1:
@@ -148,13 +167,34 @@ def run(config: Config) -> Outcome:
     lab, site = load_lab(config.sae, config.model, vectors)
     message = NPMessage(role="user", content=config.prompt)
     prompt = chat_prompt(lab.lm, (message,)) if config.chat else config.prompt
-    outcome = run_experiment(lab, experiment_of(config, prompt))
+    experiment = experiment_of(config, prompt)
+    if config.export is not None:  # first: what cannot be exported is said before anything is written
+        _export(lab, experiment, config.export)
+    with live_texts(experiment) if config.stream else nullcontext() as tell:
+        outcome = run_experiment(lab, experiment, tell=tell)
     if config.save is not None:
         files = {name: str(path) for name, path in vectors.items()}
         record(lab, outcome, sae=str(config.sae), vectors=files).save(config.save)
     if config.plot is not None and outcome.dose is not None:
         plot_dose_response(outcome.dose, config.plot, title=f"{_names(outcome)} at {site}")
+    if config.track_plot is not None:
+        plot_tracks(outcome.tracks, config.track_plot, title=f"{_names(outcome)} at {site}")
     return outcome
+
+
+def _export(lab: Lab, experiment: Experiment, path: Path) -> None:
+    if path.suffix in SUFFIXES:
+        write_vectors(path, added_vectors(lab, experiment.pushes), model=lab.lm.name)
+        return
+    write_program(
+        path,
+        lab,
+        experiment.pushes,
+        experiment.prompts[0],
+        max_new_tokens=experiment.max_new_tokens,
+        temperature=experiment.temperature,
+        seed=experiment.seeds[0],
+    )
 
 
 def show(result: Outcome) -> RenderableType:

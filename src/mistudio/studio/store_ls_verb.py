@@ -17,7 +17,7 @@ class Config:
     """Where to look."""
 
     folder: Annotated[Path, tyro.conf.Positional] = Path()
-    """Searched with all folders in it."""
+    """Searched with all folders in it; or the URL of a bucket, or of a part of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

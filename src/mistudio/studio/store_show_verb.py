@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mistudio.store import Store, summary
 from mistudio.store.dtypes import site_row_bytes
-from mistudio.store.manifest import read_manifest
+from mistudio.store.outliers import Outliers
 from mistudio.store.upkeep import Summary
 
 
@@ -19,7 +19,7 @@ class Config:
     """Which store."""
 
     store: Annotated[Path, tyro.conf.Positional]
-    """Its folder."""
+    """Its folder or URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,10 @@ class Result:
     """Tokens in a packed row of text."""
     token_rows: int
     """Packed rows that the model read."""
+    ended_by: str | None
+    """Which budget ended the collection; None: not known."""
+    outliers: Outliers | None
+    """Rows far longer than the others; None: not looked for."""
     checksums: bool
     """Whether files can be verified."""
     mistudio_version: str
@@ -60,7 +64,6 @@ class Result:
 
 def run(config: Config) -> Result:
     """Reads the manifest and compares the sizes of all files with it; no rows are read."""
-    read_manifest(config.store)  # an unfinished store says how far it got
     store = Store.open(config.store)
     manifest = store.manifest
     return Result(
@@ -77,6 +80,8 @@ def run(config: Config) -> Result:
         largest_bucket=max(manifest.bucket_sizes),
         context=manifest.context,
         token_rows=manifest.token_rows,
+        ended_by=manifest.ended_by,
+        outliers=manifest.outliers,
         checksums=manifest.checksums is not None,
         mistudio_version=manifest.mistudio_version,
         source=manifest.source,
@@ -95,4 +100,18 @@ def show(result: Result) -> RenderableType:
     for name, site in result.sites.items():
         sites.add_row(name, f"{site.width:,}", f"{site.scale:.5g}", f"{site.bytes / 1e9:,.2f}")
     settings = "\n".join(f"  {name}: {value}" for name, value in result.source.items())
-    return Group(head, sites, f"\nfrom {result.token_rows:,} rows of {result.context} tokens:\n{settings}")
+    return Group(
+        head, sites, *_notes(result), f"\nfrom {result.token_rows:,} rows of {result.context} tokens:\n{settings}"
+    )
+
+
+def _notes(result: Result) -> list[str]:
+    """What ended the collection before its tokens did, and the outliers."""
+    notes = []
+    if result.ended_by not in (None, "tokens"):
+        notes.append(f"ended before {result.store.expected_rows:,} rows by: {result.ended_by}")
+    if (found := result.outliers) is not None:
+        counts = ", ".join(f"{site} {at.rows:,} (median {at.median:.4g})" for site, at in found.sites.items())
+        done = f"{found.dropped:,} rows left out" if found.drop else "none left out"
+        notes.append(f"norms beyond {found.factor:g} medians of the first {found.first_rows:,} rows: {counts}; {done}")
+    return notes

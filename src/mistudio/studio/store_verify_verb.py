@@ -16,7 +16,7 @@ class Config:
     """Which store."""
 
     store: Annotated[Path, tyro.conf.Positional]
-    """Its folder."""
+    """Its folder, or its URL: then every byte is read from there."""
 
 
 def run(config: Config) -> Verification:

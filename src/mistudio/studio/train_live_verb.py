@@ -7,14 +7,13 @@ SAE, so where several are wanted a store is cheaper.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mistudio import recipes
 from mistudio.collect import StreamConfig, stream
 from mistudio.errors import ConfigError
 from mistudio.lm import Site
 from mistudio.sae import SAEConfig
-from mistudio.studio.train_verb import Result, recipe_default, show, train_on
+from mistudio.studio.train_verb import RecipeName, Result, recipe_default, show, train_on
 from mistudio.train import TrainConfig
 
 __all__ = ["Config", "Result", "recipe_default", "run", "show"]
@@ -30,8 +29,9 @@ class Config:
     """Number of features F of the SAE."""
     out: Path
     """Folder of the SAE; new or empty, unless --resume."""
-    recipe: Literal["quick", "gemma_scope"] = "quick"
-    """quick: runs of minutes, aiming at train.target_l0. gemma_scope: the report's numbers, for billions of tokens."""
+    recipe: RecipeName = "quick"
+    """quick: runs of minutes, aiming at train.target_l0. topk, batchtopk, relu: the same for these architectures.
+    gemma_scope, gemma_scope_2: the reports' numbers, for billions of tokens."""
     train: TrainConfig = dataclasses.field(default_factory=recipes.quick)
     """Every number of the run; what is not given is the recipe's."""
     resume: bool = False

@@ -1,7 +1,21 @@
 """Training: rows in, an SAE out, with records from which an interrupted run goes on bit for bit."""
 
 from mistudio.train.config import TrainConfig
-from mistudio.train.loop import Interrupted, Resumable, Run, initial_sae, train
-from mistudio.train.plots import plot_training
+from mistudio.train.loop import Interrupted, train
+from mistudio.train.member import Run
+from mistudio.train.plots import FrontierPoint, plot_frontier, plot_training
+from mistudio.train.start import initial_sae
+from mistudio.train.together import BySite, Resumable
 
-__all__ = ["Interrupted", "Resumable", "Run", "TrainConfig", "initial_sae", "plot_training", "train"]
+__all__ = [
+    "BySite",
+    "FrontierPoint",
+    "Interrupted",
+    "Resumable",
+    "Run",
+    "TrainConfig",
+    "initial_sae",
+    "plot_frontier",
+    "plot_training",
+    "train",
+]

@@ -1,4 +1,10 @@
-"""What the kernels of the sparse step compute, in plain torch: the definition, and what runs where numba is missing."""
+"""What the kernels of the sparse step compute, in plain torch: the definition, and what runs where numba is missing.
+
+An architecture says which entries are on, and by which threshold; the rest is here, and the same for all of them. x has
+D columns and the target E, which may differ (transcoders). The residual may have several planes of B rows one below the
+other, and an entry in row r belongs to row r % B of x and to row r of the residual: so a feature's gradient may come
+from another reconstruction than its neighbour's (Matryoshka prefixes), or an entry from an auxiliary one.
+"""
 
 import torch
 from torch import Tensor
@@ -10,64 +16,107 @@ ENTRIES = 1 << 12
 """Entries whose rows [entries, D] are gathered at once."""
 
 
-def reconstruct(
-    code: FeatureCode, x: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(2/B·(x̂ - x) [B, D], ‖x̂ - x‖² [B], row_l0 [B]) with x̂ = b_dec + Σ over active entries of z·W_dec[j]."""
-    residual = b_dec - x
-    row_l0 = x.new_zeros(len(x))
+def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual [B, E], its squared norms [B], row_l0 [B]): start + Σ over active entries of z·W_dec[j].
+
+    `start` [B, E] is b_dec less the target, plus what else reconstructs (a skip); it is overwritten.
+    """
+    row_l0 = start.new_zeros(len(start))
     for rows, features, z in _pieces(code):
         active = ~(z <= threshold[features])
-        row_l0.index_add_(0, rows, active.to(x.dtype))
-        residual.index_add_(0, rows[active], z[active, None] * W_dec[features[active]])
-    squares = residual.square().sum(1)
-    return residual.mul_(2 / len(x)), squares, row_l0
+        row_l0.index_add_(0, rows, active.to(start.dtype))
+        start.index_add_(0, rows[active], z[active, None] * W_dec[features[active]])
+    return start, start.square().sum(1), row_l0
 
 
 def visit(
     code: FeatureCode,
     x: Tensor,
-    d_x_hat: Tensor,
+    residual: Tensor,
     parameters: dict[str, Tensor],
     threshold: Tensor,
     price: Tensor,
     bandwidth: float,
     centred: bool,
+    scale: float,
+    bonus: float,
     adam: Adam,
     lr: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums [F, 4], d_b_dec [D], touched [F]); the rows of W_enc and W_dec of touched features take their Adam step.
+    """(sums [F, 5], d_b_dec [D], touched [F]) of `row_gradients`, whose rows take their step by `apply_rows`.
 
-    With d_f = d_x_hat_b·W_dec[j] of every entry (b, j), `sums` of a feature are Σ d_f over active entries, Σ d_f and
-    Σ price_b over those in the kernel window, and the number of active entries. A feature with one is touched:
-
-        g_dec = Σ z·d_x_hat_b less its part along W_dec[j],  g_enc = Σ d_f·(x_b - b_dec),  d_b_dec = Σ_j Σ d_f·W_enc[j]
-
-    (b_dec only where the encoder is centred). The row is renormalised. Memory: dense gradients [F, D]; the kernel has
-    none.
+    Memory: the gradients of touched rows; the kernel has none.
     """
-    W_enc, W_dec, b_dec = parameters["W_enc"], parameters["W_dec"], parameters["b_dec"]
-    sums = W_dec.new_zeros(code.n_features, 4)
-    g_enc, g_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    sums, d_b_dec, features, g_enc, g_dec = row_gradients(
+        code, x, residual, parameters, threshold, price, bandwidth, centred, scale, bonus
+    )
+    apply_rows(features, g_enc, g_dec, parameters, adam, lr)
+    return sums, d_b_dec, sums[:, 3] > 0
+
+
+def row_gradients(
+    code: FeatureCode,
+    x: Tensor,
+    residual: Tensor,
+    parameters: dict[str, Tensor],
+    threshold: Tensor,
+    price: Tensor,
+    bandwidth: float,
+    centred: bool,
+    scale: float,
+    bonus: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sums [F, 5], d_b_dec [D], features [n] int64, g_enc [n, D], g_dec [n, E]), the last three of touched features.
+
+    x [B, D], residual [K·B, E], price [B]; an entry (r, j) has row b = r % B of x, and
+
+        d_f = scale·residual_r·W_dec[j] + bonus
+
+    `sums` of a feature are Σ d_f over active entries (not z ≤ θ), Σ d_f and Σ price_b over those in the kernel window
+    (|z - θ| < bandwidth/2), the number of active ones and the number in the window. A feature with an active entry is
+    touched; with Σ over its active entries
+
+        g_dec = scale·Σ z·residual_r,  g_enc = Σ d_f·(x_b - b_dec),  d_b_dec = Σ_j Σ d_f·W_enc[j]
+
+    where b_dec enters only if the encoder is centred (then D = E), and d_b_dec is 0 if not.
+    """
+    W_enc, W_dec = parameters["W_enc"], parameters["W_dec"]
+    sums = W_dec.new_zeros(code.n_features, 5)
     for rows, features, z in _pieces(code):
-        d_f = (d_x_hat[rows] * W_dec[features]).sum(1)
         theta = threshold[features]
+        d_f = scale * (residual[rows] * W_dec[features]).sum(1) + bonus
         active, window = ~(z <= theta), (z - theta).abs() < bandwidth / 2
-        columns = (active * d_f, window * d_f, window * price[rows], active.to(z.dtype))
+        columns = (active * d_f, window * d_f, window * price[rows % len(x)], active.to(z.dtype), window.to(z.dtype))
         sums.index_add_(0, features, torch.stack(columns, 1))
-        rows, features, z, d_f = rows[active], features[active], z[active], d_f[active]
-        g_dec.index_add_(0, features, z[:, None] * d_x_hat[rows])
-        g_enc.index_add_(0, features, d_f[:, None] * x[rows])
     touched = sums[:, 3] > 0
-    d_b_dec = W_enc @ sums[:, 0]
+    chosen, place = touched.nonzero().squeeze(1), touched.cumsum(0) - 1
+    g_enc, g_dec = W_enc.new_zeros(len(chosen), x.shape[1]), torch.zeros_like(W_dec[chosen])
+    for rows, features, z in _pieces(code):
+        active = ~(z <= threshold[features])
+        rows, features, z = rows[active], features[active], z[active]
+        d_f = scale * (residual[rows] * W_dec[features]).sum(1) + bonus
+        g_dec.index_add_(0, place[features], scale * z[:, None] * residual[rows])
+        g_enc.index_add_(0, place[features], d_f[:, None] * x[rows % len(x)])
+    d_b_dec = x.new_zeros(x.shape[1])
     if centred:
-        g_enc.addr_(sums[:, 0], b_dec, alpha=-1)
-    remove_parallel_(g_dec, W_dec)
-    adam.update_rows(touched, {"W_enc": g_enc, "W_dec": g_dec}, lr)
-    rows_on = W_dec[touched]
-    normalise_rows_(rows_on)
-    W_dec[touched] = rows_on
-    return sums, d_b_dec, touched
+        g_enc.addr_(sums[chosen, 0], parameters["b_dec"], alpha=-1)
+        d_b_dec = W_enc @ sums[:, 0]
+    return sums, d_b_dec, chosen, g_enc, g_dec
+
+
+def apply_rows(
+    features: Tensor, g_enc: Tensor, g_dec: Tensor, parameters: dict[str, Tensor], adam: Adam, lr: float
+) -> None:
+    """Takes Adam's step with the rows of these features [n] int64, which must be distinct.
+
+    g_enc [n, D]; g_dec [n, E] first loses, in place, its part along each decoder row, and that row is renormalised.
+    """
+    W_dec = parameters["W_dec"]
+    remove_parallel_(g_dec, W_dec[features])
+    adam.update_rows(features, {"W_enc": g_enc, "W_dec": g_dec}, lr)
+    rows = W_dec[features]
+    normalise_rows_(rows)
+    W_dec[features] = rows
 
 
 def _pieces(code: FeatureCode) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
     njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
@@ -25,8 +23,6 @@ compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
 
 UNIT = 128
 """Features or rows in a range. Fixed, because sums over features are taken range by range."""
-TINY = np.float32(1e-12)
-"""What bounds may be off by where numbers below 1e-19 were squared and vanished; far below any threshold."""
 
 
 def in_ranges(kernel: Callable[[int, int], Any], n: int, unit: int = UNIT) -> list[Any]:
@@ -43,34 +39,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mistudio")
 
 
-def _type_as_float(_context: Any, value: Any) -> Any:
-    """A float32 from the bits of a bfloat16 (uint16), or itself."""
-    signature = types.float32(value)
-
-    def build(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if signature.args[0] == types.float32:
-            return args[0]
-        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return signature, build
-
-
-def _type_bits(_context: Any, _value: Any) -> Any:
-    """The bits of a float32, as uint32."""
-
-    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), build
-
-
-_as_float: Any = intrinsic(_type_as_float)
-_bits: Any = intrinsic(_type_bits)
-
-
 @compiled(inline="always")
-def _dot(a, b):
+def dot(a, b):
     total = a[0] * b[0]
     for d in range(1, a.size):
         total += a[d] * b[d]
@@ -78,120 +48,43 @@ def _dot(a, b):
 
 
 @compiled(inline="always")
-def _dots(M, four, v, out):
-    """out[k] = M[four[k]]·v. Four streams of memory at once are nearly twice as fast as one."""
-    a, b, c, e = M[four[0]], M[four[1]], M[four[2]], M[four[3]]
-    s, t, u, r = a[0] * v[0], b[0] * v[0], c[0] * v[0], e[0] * v[0]
+def dots(M, eight, v, out):
+    """out[k] = M[eight[k]]·v. Eight streams of memory at once are twice as fast as one. A sum has the same bits at each
+    of the eight places, but might have others in a loop over fewer; so it is always eight."""
+    a0, a1, a2, a3 = M[eight[0]], M[eight[1]], M[eight[2]], M[eight[3]]
+    a4, a5, a6, a7 = M[eight[4]], M[eight[5]], M[eight[6]], M[eight[7]]
+    s0, s1, s2, s3 = a0[0] * v[0], a1[0] * v[0], a2[0] * v[0], a3[0] * v[0]
+    s4, s5, s6, s7 = a4[0] * v[0], a5[0] * v[0], a6[0] * v[0], a7[0] * v[0]
     for d in range(1, v.size):
-        s += a[d] * v[d]
-        t += b[d] * v[d]
-        u += c[d] * v[d]
-        r += e[d] * v[d]
-    out[0], out[1], out[2], out[3] = s, t, u, r
+        s0 += a0[d] * v[d]
+        s1 += a1[d] * v[d]
+        s2 += a2[d] * v[d]
+        s3 += a3[d] * v[d]
+        s4 += a4[d] * v[d]
+        s5 += a5[d] * v[d]
+        s6 += a6[d] * v[d]
+        s7 += a7[d] * v[d]
+    out[0], out[1], out[2], out[3] = s0, s1, s2, s3
+    out[4], out[5], out[6], out[7] = s4, s5, s6, s7
 
 
 @compiled(inline="always")
-def _add_rows(out, factors, M, four):
-    """out += Σ_k factors[k]·M[four[k]]."""
-    a, b, c, e = M[four[0]], M[four[1]], M[four[2]], M[four[3]]
-    s, t, u, r = factors[0], factors[1], factors[2], factors[3]
+def _add_rows(out, c, M, eight):
+    """out += Σ_k c[k]·M[eight[k]]."""
+    a0, a1, a2, a3 = M[eight[0]], M[eight[1]], M[eight[2]], M[eight[3]]
+    a4, a5, a6, a7 = M[eight[4]], M[eight[5]], M[eight[6]], M[eight[7]]
+    c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+    c4, c5, c6, c7 = c[4], c[5], c[6], c[7]
     for d in range(out.size):
-        out[d] += s * a[d] + t * b[d] + u * c[d] + r * e[d]
+        first = c0 * a0[d] + c1 * a1[d] + c2 * a2[d] + c3 * a3[d]
+        out[d] += first + (c4 * a4[d] + c5 * a5[d] + c6 * a6[d] + c7 * a7[d])
 
 
 @compiled(inline="always")
-def _take_four(four, indices, start, stop):
-    """four = indices[start : start + 4], the last one repeated where `stop` comes before."""
-    for k in range(4):
-        four[k] = indices[min(start + k, stop - 1)]
-
-
-@compiled()
-def measure(W, touched, norm, lo, hi):
-    """norm[j] = ‖W[j]‖ of touched features."""
-    for j in range(lo, hi):
-        if touched[j]:
-            norm[j] = np.sqrt(_dot(W[j], W[j]))
-
-
-@compiled()
-def round_rows(W, touched, rounded, error, lo, hi):
-    """rounded[j] = the bits of W[j] in bfloat16 (to nearest, ties to even), error[j] = the norm of what is lost."""
-    for j in range(lo, hi):
-        if not touched[j]:
-            continue
-        w, line, lost = W[j], rounded[j], W[j, 0] * 0
-        for d in range(w.size):
-            bits = _bits(w[d])
-            line[d] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            off = w[d] - _as_float(line[d])
-            lost += off * off
-        error[j] = np.sqrt(lost)
-
-
-@compiled()
-def encoder_bias(W, b_enc, b_dec, lo, hi, bias):
-    """bias[j] = b_enc[j] - b_dec·W[j]."""
-    for j in range(lo, hi):
-        bias[j] = b_enc[j] - _dot(W[j], b_dec)
-
-
-@compiled()
-def screen(product, cut, slope, norms, error, x, W, bias, threshold, half, first, lo, hi):
-    """(rows, z, entries of each feature, bound violations) of the features first + [lo, hi).
-
-    product [n, B] is about W·xᵀ. Where product + slope_j·norms_b >= cut_j, z is computed and decided upon. A violation
-    is a z that lies farther from its product than slope_j·norms_b + error·|product| + TINY.
-    """
-    capacity = 256
-    rows, values = np.empty(capacity, np.int32), np.empty(capacity, x.dtype)
-    counts = np.zeros(hi - lo, np.int64)
-    n, wrong = 0, 0
-    likely = np.zeros(-(-norms.size // 8) * 8, np.uint8)
-    candidates = np.empty(likely.size + 1, np.int32)
-    four, dots = np.empty(4, np.int32), np.empty(4, x.dtype)
-    for j in range(lo, hi):
-        line, theta = product[j], threshold[first + j]
-        found = _candidates(line, cut[j], slope[j], norms, likely, candidates)
-        while n + found > capacity:
-            capacity *= 2
-            rows, values = _grown(rows, capacity), _grown(values, capacity)
-        before = n
-        for start in range(0, found, 4):
-            _take_four(four, candidates, start, found)
-            _dots(x, four, W[first + j], dots)
-            for k in range(min(4, found - start)):
-                b, guess = four[k], _as_float(line[four[k]])
-                wrong += abs(dots[k] - guess) > slope[j] * norms[b] + error * abs(guess) + TINY
-                z = dots[k] + bias[first + j]
-                if z > theta or not abs(z - theta) >= half:
-                    rows[n], values[n] = b, z
-                    n += 1
-        counts[j - lo] = n - before
-    return rows[:n], values[:n], counts, wrong
-
-
-@compiled()
-def _candidates(line, cut, slope, norms, likely, candidates):
-    """How many b have line_b + slope·norms_b >= cut or NaN; `candidates` begins with them, in order."""
-    for b in range(norms.size):
-        likely[b] = not _as_float(line[b]) + slope * norms[b] < cut
-    eights = likely.view(np.uint64)  # most are 0
-    found = 0
-    for eight in range(eights.size):
-        if eights[eight] == 0:
-            continue
-        for b in range(8 * eight, 8 * eight + 8):
-            candidates[found] = b
-            found += likely[b]
-    return found
-
-
-@compiled()
-def _grown(array, capacity):
-    larger = np.empty(capacity, array.dtype)
-    larger[: array.size] = array
-    return larger
+def take_eight(eight, indices, start, stop):
+    """eight = indices[start : start + 8], the last one repeated where `stop` comes before."""
+    for k in range(8):
+        eight[k] = indices[min(start + k, stop - 1)]
 
 
 @compiled()
@@ -213,96 +106,134 @@ def by_row(values, rows, feature_ptr, n_rows):
 
 
 @compiled()
-def reconstruct(x, W_dec, b_dec, threshold, values, features, row_ptr, factor, lo, hi, d_x_hat, squares, row_l0):
-    """d_x_hat = factor·(x̂ - x), squares = ‖x̂ - x‖², row_l0, of the rows [lo, hi)."""
-    four, z = np.empty(4, np.int32), np.empty(4, x.dtype)
+def reconstruct(residual, W_dec, threshold, values, features, row_ptr, lo, hi, squares, row_l0):
+    """residual += Σ z·W_dec[j] over active entries, its squared norms and row_l0, of the rows [lo, hi)."""
+    eight, z = np.empty(8, np.int32), np.empty(8, residual.dtype)
     for b in range(lo, hi):
-        out, target, active = d_x_hat[b], x[b], 0
-        for d in range(out.size):
-            out[d] = b_dec[d] - target[d]
-        end = row_ptr[b + 1]
-        for start in range(row_ptr[b], end, 4):
-            _take_four(four, features, start, end)
+        out, active, end = residual[b], 0, row_ptr[b + 1]
+        for start in range(row_ptr[b], end, 8):
+            take_eight(eight, features, start, end)
             z[:] = 0
-            for k in range(min(4, end - start)):
-                if not values[start + k] <= threshold[four[k]]:
+            for k in range(min(8, end - start)):
+                if not values[start + k] <= threshold[eight[k]]:
                     z[k] = values[start + k]
                     active += 1
-            _add_rows(out, z, W_dec, four)
-        squares[b], row_l0[b] = _dot(out, out), active
-        for d in range(out.size):
-            out[d] *= factor
+            _add_rows(out, z, W_dec, eight)
+        squares[b], row_l0[b] = dot(out, out), active
+
+
+@compiled()
+def mark_active(values, rows, feature_ptr, threshold, lo, hi, touched):
+    """touched[j] = whether feature j has an active entry."""
+    for j in range(lo, hi):
+        for e in range(feature_ptr[j], feature_ptr[j + 1]):
+            touched[j] |= not values[e] <= threshold[j]
 
 
 @compiled()
 def visit(
-    code, batch, encoder, decoder, b_dec, threshold, price, decay, numbers, centred, lo, hi, sums, d_b_dec, touched
-):
+    code, batch, W_enc, W_dec, threshold, price, b_dec, numbers, centred,
+    encoder, decoder, decay, step, lo, hi, sums, d_b_dec, touched,
+):  # fmt: skip
     """One visit to the features [lo, hi): their gradients, and Adam's update of their rows of W_enc and W_dec.
 
-    code: values, rows, feature_ptr. batch: x, d_x_hat. encoder, decoder: rows and their second moments.
-    numbers: half window, lr, 1 - β₂, √(1 - β₂ᵗ), Adam's ε. decay: what a row's second moment is multiplied by.
-    sums: of each feature, Σ dz, Σ df over the window, Σ price over the window, how often it fired.
-    d_b_dec: Σ dz·W_enc over the range. touched: whether a feature's rows were updated.
+    code: values, rows, feature_ptr. batch: x, residual. numbers: half window, scale, bonus. encoder, decoder: rows and
+    their second moments. decay: what a row's second moment is multiplied by. step: lr, 1 - β₂, √(1 - β₂ᵗ), Adam's ε.
+    sums: of each feature, Σ d_f, Σ d_f over the window, Σ price over the window, how often it fired, how often it was
+    in the window. d_b_dec: Σ d_f·W_enc over the range. touched: whether a feature's rows were updated.
     """
-    W_enc, v_enc = encoder
-    W_dec, v_dec = decoder
-    half, lr, fresh, correction, eps = numbers
-    g_enc, g_dec = np.empty_like(b_dec), np.empty_like(b_dec)
+    g_enc, g_dec = np.empty(W_enc.shape[1], W_enc.dtype), np.empty(W_dec.shape[1], W_dec.dtype)
     for j in range(lo, hi):
-        w_enc, w_dec = W_enc[j], W_dec[j]
-        g_enc[:] = 0
-        g_dec[:] = 0
-        _gradients(code, batch, w_dec, threshold[j], half, price, j, g_enc, g_dec, sums[j])
+        _gradients(code, batch, W_enc[j], W_dec[j], threshold[j], price, b_dec, numbers, centred, j, g_enc, g_dec,
+                   sums[j], d_b_dec)  # fmt: skip
         touched[j] = sums[j, 3] > 0
-        if not touched[j]:
-            continue
-        d_z = sums[j, 0]
-        if centred:
-            for d in range(w_enc.size):
-                d_b_dec[d] += d_z * w_enc[d]
-                g_enc[d] -= d_z * b_dec[d]
-        along = _dot(g_dec, w_dec) / _dot(w_dec, w_dec)
-        for d in range(w_dec.size):
-            g_dec[d] -= along * w_dec[d]
-        _adam(w_enc, v_enc[j], g_enc, decay[j], lr, fresh, correction, eps)
-        _adam(w_dec, v_dec[j], g_dec, decay[j], lr, fresh, correction, eps)
-        norm = np.sqrt(_dot(w_dec, w_dec))
-        for d in range(w_dec.size):
-            w_dec[d] /= norm
+        if touched[j]:
+            _update(encoder, decoder, decay[j], step, j, g_enc, g_dec)
 
 
 @compiled()
-def _gradients(code, batch, w_dec, theta, half, price, j, g_enc, g_dec, sums):
-    """g_dec += Σ z·d_x_hat_b, g_enc += Σ d_f·x_b over feature j's active entries; its sums as in `visit`."""
+def row_gradients(
+    code, batch, W_enc, W_dec, threshold, price, b_dec, numbers, centred,
+    touched, place, g_enc, g_dec, lo, hi, sums, d_b_dec,
+):  # fmt: skip
+    """The gradients of `visit` of touched features, in the rows `place` of g_enc and g_dec; others have sums only."""
+    unused_enc, unused_dec = np.empty(W_enc.shape[1], W_enc.dtype), np.empty(W_dec.shape[1], W_dec.dtype)
+    for j in range(lo, hi):
+        own_enc, own_dec = unused_enc, unused_dec
+        if touched[j]:
+            own_enc, own_dec = g_enc[place[j]], g_dec[place[j]]
+        _gradients(code, batch, W_enc[j], W_dec[j], threshold[j], price, b_dec, numbers, centred, j, own_enc, own_dec,
+                   sums[j], d_b_dec)  # fmt: skip
+
+
+@compiled()
+def apply_rows(features, g_enc, g_dec, encoder, decoder, decay, step, lo, hi):
+    """The second half of `visit`, of features[lo:hi], whose gradients are in the rows [lo, hi)."""
+    for k in range(lo, hi):
+        j = features[k]
+        _update(encoder, decoder, decay[j], step, j, g_enc[k], g_dec[k])
+
+
+@compiled()
+def _gradients(
+    code, batch, w_enc, w_dec, theta, price, b_dec, numbers, centred, j, g_enc, g_dec, sums, d_b_dec
+):  # fmt: skip
+    """g_dec = scale·Σ z·residual_r, g_enc = Σ d_f·(x_b - b_dec) over feature j's active entries; sums as in `visit`."""
     values, rows, feature_ptr = code
-    x, d_x_hat = batch
-    four, d_f = np.empty(4, np.int32), np.empty(4, w_dec.dtype)
+    x, residual = batch
+    half, scale, bonus = numbers
+    eight, d_f = np.empty(8, np.int32), np.empty(8, w_dec.dtype)
     z_on, d_f_on = np.empty_like(d_f), np.empty_like(d_f)
+    g_enc[:] = 0
+    g_dec[:] = 0
     end = feature_ptr[j + 1]
-    for start in range(feature_ptr[j], end, 4):
-        _take_four(four, rows, start, end)
-        _dots(d_x_hat, four, w_dec, d_f)
+    for start in range(feature_ptr[j], end, 8):
+        take_eight(eight, rows, start, end)
+        dots(residual, eight, w_dec, d_f)
         z_on[:] = 0
         d_f_on[:] = 0
         active = 0
-        for k in range(min(4, end - start)):
-            z = values[start + k]
+        for k in range(min(8, end - start)):
+            z, gradient = values[start + k], scale * d_f[k] + bonus
             if abs(z - theta) < half:
-                sums[1] += d_f[k]
-                sums[2] += price[four[k]]
+                sums[1] += gradient
+                sums[2] += price[eight[k] % price.size]
+                sums[4] += 1
             if not z <= theta:
-                z_on[k], d_f_on[k] = z, d_f[k]
-                sums[0] += d_f[k]
+                z_on[k], d_f_on[k] = scale * z, gradient
+                sums[0] += gradient
                 active += 1
         if active:
-            _add_rows(g_dec, z_on, d_x_hat, four)
-            _add_rows(g_enc, d_f_on, x, four)
+            _add_rows(g_dec, z_on, residual, eight)
+            for k in range(8):
+                eight[k] %= price.size
+            _add_rows(g_enc, d_f_on, x, eight)
             sums[3] += active
+    if centred and sums[3] > 0:
+        for d in range(w_enc.size):
+            d_b_dec[d] += sums[0] * w_enc[d]
+            g_enc[d] -= sums[0] * b_dec[d]
+
+
+@compiled()
+def _update(encoder, decoder, decay, step, j, g_enc, g_dec):
+    """Adam's update of feature j's rows; g_dec loses its part along the decoder row, which is renormalised."""
+    W_enc, v_enc = encoder
+    W_dec, v_dec = decoder
+    w_dec = W_dec[j]
+    along = dot(g_dec, w_dec) / dot(w_dec, w_dec)
+    for d in range(w_dec.size):
+        g_dec[d] -= along * w_dec[d]
+    _adam(W_enc[j], v_enc[j], g_enc, decay, step)
+    _adam(w_dec, v_dec[j], g_dec, decay, step)
+    norm = np.sqrt(dot(w_dec, w_dec))
+    for d in range(w_dec.size):
+        w_dec[d] /= norm
 
 
 @compiled(inline="always")
-def _adam(p, second, g, decay, lr, fresh, correction, eps):
+def _adam(p, second, g, decay, step):
+    lr, fresh, correction, eps = step
     for d in range(p.size):
         second[d] = second[d] * decay + fresh * g[d] * g[d]
         p[d] -= lr * g[d] / (np.sqrt(second[d]) / correction + eps)

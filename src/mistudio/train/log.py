@@ -110,8 +110,9 @@ def read_metrics(folder: Path) -> list[Metrics]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def keep_metrics(folder: Path, step: int) -> list[Metrics]:
-    """The lines up to `step`, which metrics.jsonl then holds and no others."""
+def keep_metrics(folder: Path, step: int, *, write: bool = True) -> list[Metrics]:
+    """The lines up to `step`, which metrics.jsonl then holds and no others (unless another process writes it)."""
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    write_bytes(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+    if write:
+        write_bytes(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

@@ -1,243 +1,244 @@
-"""`train(sae, batches, cfg)`: the run, its records, and how it stops and goes on."""
+"""`train(sae, batches, cfg)`: the run, its records, and how it stops and goes on.
 
-import dataclasses
-import math
+Several SAEs make a group of runs on one stream. The stream is at one step, and the runs that are there too take its
+batch. A run that is ahead (it wrote one more checkpoint before the group was killed) waits for it, and one that has
+done its steps is left out: so runs of different lengths go together, and a group goes on from whatever checkpoints
+there are.
+"""
+
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import overload
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mistudio.errors import TrainError
+from mistudio.mesh import SOLO, Mesh
 from mistudio.progress import Bar, progress_bar
-from mistudio.sae import JumpReLUSAE, SAEConfig, initial_weights
-from mistudio.train.checkpoint import (
-    Checkpoint,
-    check_same_run,
-    claim_folder,
-    latest_checkpoint,
-    save_checkpoint,
-    write_start,
-)
+from mistudio.sae import SAE
 from mistudio.train.config import TrainConfig
-from mistudio.train.log import Metrics, Sink, check_sinks, keep_metrics, open_sinks
-from mistudio.train.schedules import length_warnings
-from mistudio.train.state import TrainState
-
-NORM_RANGE = (0.25, 4.0)
-"""Where a first batch's mean ‖x‖² must lie to count as normalised (the truth is 1)."""
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """A source of batches that knows its place: `restore(state())` goes on with the batch after the last one taken."""
-
-    def state(self) -> dict[str, Any]:
-        """The place, as plain data for JSON."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to that place; called before the source is iterated."""
+from mistudio.train.member import Member, Run
+from mistudio.train.memory import check_memory
+from mistudio.train.objectives import Trainable
+from mistudio.train.together import Batch, Reader, Resumable, update_all
 
 
 class Interrupted(TrainError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and wrote a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished training run."""
-
-    sae: JumpReLUSAE
-    """In training form; `sae.fold()` is what other code should use."""
-    history: list[Metrics]
-    """The lines of metrics.jsonl."""
-    steps: int
-    folder: Path | None
-    warnings: list[str]
-
-
-def initial_sae(config: SAEConfig, cfg: TrainConfig) -> JumpReLUSAE:
-    """The SAE that a run with `cfg` starts from: training form, float32. `train` wants `config.scale` to be set."""
-    config = dataclasses.replace(config, pre_encoder_bias=cfg.pre_encoder_bias, log_threshold=cfg.log_threshold)
-    return JumpReLUSAE(config, initial_weights(config, seed=cfg.seed, threshold=cfg.threshold_init))
-
-
+@overload
 def train(
-    sae: JumpReLUSAE,
-    batches: Iterable[Tensor],
+    sae: Trainable,
+    batches: Iterable[Batch],
     cfg: TrainConfig,
     *,
     folder: str | Path | None = None,
     resume: bool = False,
-    mean: Float[Tensor, " D"] | None = None,
-) -> Run:
-    """The finished run; `sae` is trained in place.
+    mean: Tensor | None = None,
+    mesh: Mesh = SOLO,
+) -> Run: ...
 
-    batches: any iterable of normalised rows [batch_rows, D] with E‖x‖² = 1, on any device, enough for every step.
+
+@overload
+def train(
+    sae: Sequence[Trainable],
+    batches: Iterable[Batch],
+    cfg: TrainConfig | Sequence[TrainConfig],
+    *,
+    folder: str | Path | Sequence[str | Path] | None = None,
+    resume: bool = False,
+    mean: Tensor | Sequence[Tensor | None] | None = None,
+    mesh: Mesh = SOLO,
+) -> list[Run]: ...
+
+
+def train(
+    sae: Trainable | Sequence[Trainable],
+    batches: Iterable[Batch],
+    cfg: TrainConfig | Sequence[TrainConfig],
+    *,
+    folder: str | Path | Sequence[str | Path] | None = None,
+    resume: bool = False,
+    mean: Tensor | Sequence[Tensor | None] | None = None,
+    mesh: Mesh = SOLO,
+) -> Run | list[Run]:
+    """The finished run, or for several SAEs on the same batches a list of runs; each `sae` is trained in place.
+
+    batches: any iterable of normalised rows [batch_rows, D] with E‖x‖² = 1, on any device, enough for every step; or
+        of pairs, or of mappings by site (`together.Batch`).
+    cfg: for several SAEs one for all, or one each; these may differ in everything but batch_rows.
     folder: where run.json, metrics.jsonl, checkpoints and at the end the SAE in released form go; None keeps nothing.
+        For several SAEs a folder each, or one in which they have 000, 001, ...
     resume: go on with the run in `folder` (bit-identical to one that never stopped), or start it where there is none.
         A `Resumable` source is put back to its place; from any other, the batches already used are skipped.
-    mean: where b_dec starts with b_dec_init "mean", in normalised units; None takes the first batch's.
+    mean: where b_dec starts with b_dec_init "mean", in normalised units; None takes the first batch's. For several SAEs
+        one for all, or one each.
+    mesh: the processes that share the work; `sae` has this one's features (`initial_sae(..., mesh)`) and `batches` its
+        part of every batch.
 
-    TrainError: the rows are not normalised, a batch has another shape or non-finite values, the batches end early, the
-    folder is in use or belongs to another configuration. Interrupted: Ctrl-C or SIGTERM, after a checkpoint (only with
-    a folder and in the main thread; elsewhere a signal does what it always did).
+    Each of several runs ends with the bits it would have alone. One that fails (its loss is not finite) says so in
+    `Run.failure`, and the others go on.
+
+    TrainError: there is too little memory, the rows are not normalised, a batch has another shape or non-finite values,
+    the batches end early, the folder is in use or belongs to another configuration. Interrupted: Ctrl-C or SIGTERM,
+    after a checkpoint (only with a folder and in the main thread; elsewhere a signal does what it always did).
     """
-    _check_pair(sae, cfg)
-    place = None if folder is None else Path(folder)
-    check_sinks(cfg, place)
-    resumed = place is not None and claim_folder(place, resume)
-    warnings = length_warnings(cfg)
-    for sentence in warnings:
-        print(f"Warning: {sentence}", file=sys.stderr)
-    state = TrainState(sae, cfg)
-    if place is not None and resumed:
-        check_same_run(place, cfg, sae.config)
-        _restore(state, batches, latest_checkpoint(place))
-    source = _batches(batches, cfg, sae, skip=0 if isinstance(batches, Resumable) else state.step)
-    if state.step == 0:
-        first = next(source, None)
-        if first is None:
-            raise _ended_early(cfg, 0)
-        start = _start(sae, first, cfg, mean)
-        if place is not None:
-            write_start(place, cfg, sae.config, {**start, "warnings": warnings, "torch": torch.__version__})
-        source = chain([first], source)
-    history: list[Metrics] = [] if place is None else keep_metrics(place, state.step)
-    sinks = open_sinks(cfg, place, state.step + 1)
-    try:
-        _run_steps(state, source, batches, place, history, sinks)
-    finally:
-        state.release()
-        for sink in sinks:
-            sink.close()
-    if place is not None:
-        sae.fold().save(place)
-    return Run(sae, history, state.step, place, warnings)
+    saes = [sae] if isinstance(sae, SAE) else list(sae)
+    cfgs = [cfg] * len(saes) if isinstance(cfg, TrainConfig) else list(cfg)
+    means = [mean] * len(saes) if mean is None or isinstance(mean, Tensor) else list(mean)
+    folders = _folders(folder, None if isinstance(sae, SAE) else len(saes))
+    counts = [len(saes), len(cfgs), len(folders), len(means)]
+    if min(counts) != max(counts) or not saes:
+        raise TrainError(
+            f"Found {counts[0]} SAEs, {counts[1]} configurations, {counts[2]} folders and {counts[3]} means; expected "
+            "the same number of each, at least one."
+        )
+    check_memory(saes, cfgs)
+    each = zip(saes, cfgs, folders, means, strict=True)
+    runs = _train_group([Member(*its, mesh) for its in each], batches, resume, mesh)
+    return runs[0] if isinstance(sae, SAE) else runs
 
 
-def _run_steps(
-    state: TrainState,
-    source: Iterator[Tensor],
-    batches: Iterable[Tensor],
-    folder: Path | None,
-    history: list[Metrics],
-    sinks: list[Sink],
-) -> None:
-    cfg = state.cfg
-    rows = cfg.batch_rows
-    with (
-        _stop_requests(enabled=folder is not None) as stop,
-        progress_bar("training", cfg.steps * rows, "tokens", start=state.step * rows) as bar,
-    ):
-        while state.step < cfg.steps:
-            x = next(source, None)
-            if x is None:
-                _save(state, batches, folder)
-                raise _ended_early(cfg, state.step)
-            state.update(x)
-            if state.step % cfg.log_every == 0 or state.step == cfg.steps:
-                _log(state, history, sinks, bar)
-            bar.advance(rows)
-            if state.step % cfg.checkpoint_every == 0 or state.step == cfg.steps or stop.signal:
-                _save(state, batches, folder)
-            if stop.signal and state.step < cfg.steps:
-                raise Interrupted(
-                    f"Stopped by {stop.signal} after step {state.step:,} of {cfg.steps:,}; a checkpoint is in "
-                    f"{folder}. Continue with --resume (resume=True)."
-                )
-
-
-def _log(state: TrainState, history: list[Metrics], sinks: list[Sink], bar: Bar) -> None:
-    state.check_finite()
-    line = state.metrics()
-    history.append(line)
-    for sink in sinks:
-        sink.write(line)
-    bar.advance(0, f"loss {line['loss']:.4f} L0 {line['l0']:.1f} FVU {line['fvu']:.3f} dead {line['dead']}")
-
-
-def _save(state: TrainState, batches: Iterable[Tensor], folder: Path | None) -> None:
+def _folders(folder: str | Path | Sequence[str | Path] | None, count: int | None) -> list[Path | None]:
+    """The folder of each of `count` runs; of the one run, where it is None."""
     if folder is None:
-        return
-    state.check_finite()
-    position = batches.state() if isinstance(batches, Resumable) else None
-    save_checkpoint(folder, Checkpoint(state.step, position, state.tensors()))
+        return [None] * (count or 1)
+    if isinstance(folder, (str, Path)):
+        return [Path(folder)] if count is None else [Path(folder) / f"{i:03d}" for i in range(count)]
+    if len({Path(f).resolve() for f in folder}) < len(folder):
+        raise TrainError("Two of the runs have the same folder; each needs its own.")
+    return [Path(f) for f in folder]
 
 
-def _restore(state: TrainState, batches: Iterable[Tensor], checkpoint: Checkpoint | None) -> None:
-    if checkpoint is None:
-        return
-    state.restore(checkpoint.step, checkpoint.tensors)
-    if not isinstance(batches, Resumable):
-        return
-    if checkpoint.position is None:
-        raise TrainError("The run's batches had no state() when it stopped, and now they have; pass the same source.")
-    batches.restore(checkpoint.position)
+def _train_group(members: list[Member], batches: Iterable[Batch], resume: bool, mesh: Mesh) -> list[Run]:
+    sizes = sorted({member.cfg.batch_rows for member in members})
+    if len(sizes) > 1:
+        raise TrainError(f"SAEs on one stream need the same batch_rows; found {', '.join(map(str, sizes))}.")
+    go_on = [member.claim(resume) for member in members]  # all of them before anything is written
+    mesh.barrier()
+    for sentence in dict.fromkeys(sentence for member in members for sentence in member.warnings):
+        if mesh.first:
+            print(f"Warning: {sentence}", file=sys.stderr)
+    for member, goes_on in zip(members, go_on, strict=True):
+        if goes_on:
+            member.restore()
+    try:
+        _run_steps(members, batches, mesh)
+    finally:
+        for member in members:
+            member.close()
+    if members[0].failure and all(member.failure for member in members):
+        raise members[0].failure
+    runs = [member.finish() for member in members]
+    mesh.barrier()
+    return runs
 
 
-def _start(sae: JumpReLUSAE, first: Tensor, cfg: TrainConfig, mean: Tensor | None) -> dict[str, Any]:
-    """What the first batch was, for run.json; b_dec is set. TrainError: the rows are not normalised."""
-    norm = first.double().square().sum(1).mean().item()
-    if not math.isfinite(norm):
-        raise TrainError("The batch of step 1 holds NaN or infinite values. Check the activations.")
-    if not NORM_RANGE[0] <= norm <= NORM_RANGE[1]:
-        raise TrainError(
-            f"The first batch has mean |x|^2 = {norm:.4g}; expected 1. bandwidth and threshold_init mean something "
-            f"only for normalised rows: divide the activations by {math.sqrt(norm):.6g} (a store's feed does so) and "
-            "set SAEConfig(scale=...) to that number."
-        )
-    start: dict[str, Any] = {"mean_square_norm": norm, "b_dec": "zero"}
-    if cfg.b_dec_init == "mean":
-        start["b_dec"] = "mean of the first batch" if mean is None else "given mean"
-        chosen = first.mean(0) if mean is None else mean
-        if chosen.shape != sae.b_dec.shape or not chosen.isfinite().all():
-            raise TrainError(f"mean must be {sae.config.d_model} finite numbers, not {list(chosen.shape)}.")
-        with torch.no_grad():
-            sae.b_dec.copy_(chosen)
-    return start
-
-
-def _check_pair(sae: JumpReLUSAE, cfg: TrainConfig) -> None:
-    advice = "Make the SAE with initial_sae(SAEConfig(..., scale=...), cfg)."
-    if sae.W_enc.dtype != torch.float32:
-        raise TrainError(f"Training needs float32 weights, not {sae.W_enc.dtype}. {advice}")
-    if sae.config.scale is None:
-        raise TrainError(
-            "SAEConfig.scale is None, so the trained SAE could not be folded to raw units. Set it to what the rows "
-            "were divided by (store.scale(site)), or to 1.0 where nothing was done to them."
-        )
-    for name, mine, wanted in (
-        ("pre_encoder_bias", sae.config.pre_encoder_bias, cfg.pre_encoder_bias),
-        ("log_threshold", sae.config.log_threshold, cfg.log_threshold),
+def _run_steps(members: list[Member], batches: Iterable[Batch], mesh: Mesh) -> None:
+    step = min((member.step for member in members if member.unfinished), default=None)
+    rows, last = members[0].cfg.batch_rows, max(member.cfg.steps for member in members)
+    reader = Reader(members[0].cfg, mesh)
+    source = iter(()) if step is None else _source(members, batches, step)
+    if step == 0:
+        source = _begin(members, source, reader, mesh)
+    for member in members:
+        member.open_records()
+    what = "training" if len(members) == 1 else f"training {len(members)} SAEs"
+    with (
+        _stop_requests(enabled=members[0].folder is not None) as stop,
+        progress_bar(what, last * rows, "tokens", start=(step or 0) * rows, shown=mesh.first) as bar,
     ):
-        if mine != wanted:
-            raise TrainError(f"The SAE has {name} {mine}, the training configuration {wanted}. {advice}")
+        while step is not None and any(member.unfinished for member in members):
+            here = [member for member in members if member.unfinished and member.step == step]
+            batch = next(source, None)
+            if batch is None:
+                for member in here:
+                    _save(member, batches, alone=len(members) == 1)
+                raise _ended_early(last, step)
+            update_all([member.state for member in here], [reader.read(batch, member.sae) for member in here])
+            step += 1
+            bar.advance(rows)
+            stopped = mesh.any(stop.signal is not None)
+            for member in here:
+                _records(member, batches, bar, stopped, alone=len(members) == 1)
+            if stopped and any(member.unfinished for member in members):
+                raise _interrupted(members, step, stop.signal)
 
 
-def _batches(batches: Iterable[Tensor], cfg: TrainConfig, sae: JumpReLUSAE, skip: int) -> Iterator[Tensor]:
-    expected = (cfg.batch_rows, sae.config.d_model)
-    for x in islice(batches, skip, None):
-        if tuple(x.shape) != expected or not x.is_floating_point():
+def _source(members: list[Member], batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+    """The batches from that step on: from the place in a checkpoint of it, or by passing over all before it."""
+    if not isinstance(batches, Resumable):
+        return islice(iter(batches), step, None)
+    if step > 0:
+        position = next(member.position for member in members if member.step == step)
+        if position is None:
             raise TrainError(
-                f"A batch is {x.dtype} {list(x.shape)}; expected floating-point {list(expected)} (batch_rows, d_model)."
+                "The run's batches had no state() when it stopped, and now they have; pass the same source."
             )
-        yield x.to(sae.W_enc.device, torch.float32)
+        batches.restore(position)
+    return iter(batches)
 
 
-def _ended_early(cfg: TrainConfig, step: int) -> TrainError:
+def _begin(members: list[Member], source: Iterator[Batch], reader: Reader, mesh: Mesh) -> Iterator[Batch]:
+    """The same batches; the runs at step 0 have begun, after the first batch was found right for all of them."""
+    new = [member for member in members if member.step == 0]
+    first = next(source, None)
+    if first is None:
+        raise _ended_early(max(member.cfg.steps for member in members), 0)
+    starts = [member.begin(reader.read(first, member.sae)) for member in new]
+    for member, start in zip(new, starts, strict=True):
+        member.write_start(start)
+    mesh.barrier()
+    return chain([first], source)
+
+
+def _records(member: Member, batches: object, bar: Bar, stopped: bool, alone: bool) -> None:
+    """What is due after a step: a line, a checkpoint."""
+    try:
+        note = member.log_if_due()
+    except TrainError as error:
+        return _failed(member, error, alone)
+    if note is not None:
+        bar.advance(0, note)
+    if member.save_is_due or stopped:
+        _save(member, batches, alone)
+
+
+def _save(member: Member, batches: object, alone: bool) -> None:
+    try:
+        member.save(batches)
+    except TrainError as error:
+        _failed(member, error, alone)
+
+
+def _failed(member: Member, error: TrainError, alone: bool) -> None:
+    """One of several stops, and the others go on."""
+    if alone:
+        raise error
+    member.fail(error)
+
+
+def _ended_early(steps: int, step: int) -> TrainError:
     return TrainError(
-        f"The batches ended after {step:,} of {cfg.steps:,} steps. Pass an endless source (a store's feed, or "
+        f"The batches ended after {step:,} of {steps:,} steps. Pass an endless source (a store's feed, or "
         "itertools.cycle over a list), or lower steps."
+    )
+
+
+def _interrupted(members: list[Member], step: int, signal_name: str | None) -> Interrupted:
+    steps = max(member.cfg.steps for member in members)
+    where = f"{members[0].folder}" if len(members) == 1 else f"the {len(members)} runs' folders"
+    return Interrupted(
+        f"Stopped by {signal_name or 'a signal to another process'} after step {step:,} of {steps:,}; a checkpoint is "
+        f"in {where}. Continue with --resume (resume=True)."
     )
 
 

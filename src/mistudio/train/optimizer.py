@@ -10,14 +10,21 @@ decayed; a dense update first brings all rows up to date.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from mistudio.mesh import SOLO, Mesh
 
 FEATURE_AXIS = {"W_enc": 1, "W_dec": 0}
 """The parameters that have a row for each feature, and along which axis features lie."""
+SHARED = ("b_dec", "W_skip")
+"""The parameters that belong to no feature."""
+
+PIECE_NUMBERS = 1 << 24
+"""Numbers of a weight matrix that are updated at once: 64 MB in float32."""
 
 
 class Adam:
@@ -42,10 +49,11 @@ class Adam:
             self.row_steps += 1
         self.steps += 1
         correction = math.sqrt(1 - self.beta2**self.steps)
-        for name, g in gradients.items():
-            p, v = self.parameters[name], self.second[name]
-            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-            p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-lr)
+        for name, gradient in gradients.items():
+            whole = (self.parameters[name].detach(), self.second[name], gradient)
+            for p, v, g in _pieces(FEATURE_AXIS.get(name, 0), *whole):
+                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+                p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-lr)
 
     def rows(self, name: str) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
         """A parameter and its second moment with features first: views."""
@@ -58,22 +66,20 @@ class Adam:
         return (self.beta2 ** (self.steps + 1 - self.row_steps).double()).to(dtype)
 
     @torch.no_grad()
-    def update_rows(
-        self, touched: Bool[Tensor, " F"], gradients: Mapping[str, Float[Tensor, "F D"]], lr: float
-    ) -> None:
-        """The coming step of the rows of `touched` features, in place, before `update` takes it for the vectors."""
-        decay, correction = self.row_decay()[touched, None], math.sqrt(1 - self.beta2 ** (self.steps + 1))
-        for name, gradient in gradients.items():
+    def update_rows(self, features: Int[Tensor, " n"], gradients: Mapping[str, Tensor], lr: float) -> None:
+        """The coming step of the rows of these features, in place, before `update` takes it for the vectors; gradients
+        [n, D] or [n, E] in their order."""
+        decay, correction = self.row_decay()[features, None], math.sqrt(1 - self.beta2 ** (self.steps + 1))
+        for name, g in gradients.items():
             p, v = self.rows(name)
-            g = gradient[touched]
-            second = (v[touched] * decay).addcmul_(g, g, value=1 - self.beta2)
-            v[touched] = second
-            p[touched] = p[touched].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr)
-        self.mark(touched)
+            second = (v[features] * decay).addcmul_(g, g, value=1 - self.beta2)
+            v[features] = second
+            p[features] = p[features].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr)
+        self.mark(features)
 
-    def mark(self, touched: Bool[Tensor, " F"]) -> None:
+    def mark(self, features: Int[Tensor, " n"] | Bool[Tensor, " F"]) -> None:
         """The rows of these features have taken the coming step."""
-        self.row_steps[touched] = self.steps + 1
+        self.row_steps[features] = self.steps + 1
         self.behind = True
 
     @torch.no_grad()
@@ -93,11 +99,33 @@ class Adam:
 def remove_parallel_(gradient: Float[Tensor, "F D"], W_dec: Float[Tensor, "F D"]) -> None:
     """In place: each row of the gradient loses its component along the decoder row, which renormalising would undo
     anyway."""
-    along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
-    gradient.addcmul_(along, W_dec, value=-1)
+    for g, W in _pieces(0, gradient, W_dec):
+        along = (g * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True)
+        g.addcmul_(along, W, value=-1)
 
 
 @torch.no_grad()
 def normalise_rows_(W_dec: Float[Tensor, "F D"]) -> None:
     """In place: each decoder row is divided by its norm."""
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+
+def _pieces(axis: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, of one shape, some million numbers at a time, so that what is computed on the way stays small."""
+    size = tensors[0].shape[axis]
+    part = max(1, PIECE_NUMBERS * size // max(1, tensors[0].numel()))
+    return zip(*(tensor.split(part, axis) for tensor in tensors), strict=True)
+
+
+def clip_factor(
+    gradients: Iterable[Tensor], clip_norm: float, mesh: Mesh = SOLO, shared: Iterable[Tensor] = ()
+) -> Float[Tensor, ""]:
+    """What gradients are multiplied by so that their norm, over all of them together, is at most `clip_norm`.
+
+    On a mesh `gradients` are of this process's features; `shared` are those that all processes have.
+    """
+    norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
+    if mesh.features > 1:
+        norm = mesh.sum_features(norm.square()).sqrt()
+    whole = torch.stack([norm, *(torch.linalg.vector_norm(g) for g in shared)]).norm()
+    return (clip_norm / whole).clamp(max=1)

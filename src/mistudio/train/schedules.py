@@ -12,13 +12,19 @@ FIRST_LR = 0.1
 
 
 def lr_at(cfg: TrainConfig, step: int) -> float:
-    """lr · warm-up · decay. Warm-up: 0.1 + 0.9·(1 - cos(π·step/T))/2 for step < T (Gemma Scope, 3.2), then 1."""
+    """lr · warm-up · decay · change. Warm-up: 0.1 + 0.9·(1 - cos(π·step/T))/2 for step < T (Gemma Scope, 3.2), then 1.
+    Change: the factor of the last pair of lr_changes whose step has come, 1 before the first."""
     warm = 1.0
     if step < cfg.lr_warmup_steps:
         warm = FIRST_LR + (1 - FIRST_LR) * (1 - math.cos(math.pi * step / cfg.lr_warmup_steps)) / 2
     decay_steps = round(cfg.lr_decay_fraction * cfg.steps)
     decay = min(1.0, (cfg.steps - step) / decay_steps) if decay_steps else 1.0
-    return cfg.lr * warm * decay
+    return cfg.lr * warm * decay * lr_factor(cfg, step)
+
+
+def lr_factor(cfg: TrainConfig, step: int) -> float:
+    """What lr_changes multiply the learning rate by at this step."""
+    return next((factor for start, factor in reversed(cfg.lr_changes) if start <= step), 1.0)
 
 
 def sparsity_weight_at(cfg: TrainConfig, step: int) -> float:

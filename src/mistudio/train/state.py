@@ -1,7 +1,8 @@
 """What changes while a run goes on: weights, optimiser, silent-feature counters, and the metrics line being gathered.
 
 Nothing here synchronises with the device except `metrics` and `check_finite`, which the loop calls at log steps and
-before a checkpoint. Non-finite values are caught without reading them: the first bad step is kept on the device.
+before a checkpoint, and resampling, which is rare. Non-finite values and leaps of the loss are caught without reading
+anything (`watch`).
 """
 
 from collections.abc import Mapping
@@ -11,56 +12,96 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mistudio.errors import TrainError
-from mistudio.sae import JumpReLUSAE
+from mistudio.mesh import SOLO, Mesh
+from mistudio.sae import SAE
+from mistudio.sae.code import FeatureCode
+from mistudio.train.blocked import blocked_update
 from mistudio.train.config import TrainConfig
+from mistudio.train.failures import Measured
 from mistudio.train.log import Metrics
 from mistudio.train.loss import Terms, loss_and_gradients
-from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
+from mistudio.train.objectives import Trainable, objective_of
+from mistudio.train.objectives.matryoshka import groups
+from mistudio.train.optimizer import SHARED, Adam, clip_factor, normalise_rows_, remove_parallel_
+from mistudio.train.resample import due, resample
 from mistudio.train.schedules import lr_at, sparsity_weight_at
-from mistudio.train.sparse import SparseStep, numba_is_there, pays
+from mistudio.train.sparse import SparseStep, kernels_are_there, numba_is_there, pays
+from mistudio.train.watch import Watch
 
 
 class TrainState:
     """A run between two steps; `update` takes it through one."""
 
-    def __init__(self, sae: JumpReLUSAE, cfg: TrainConfig):
+    def __init__(self, sae: Trainable, cfg: TrainConfig, mesh: Mesh = SOLO):
+        """On a mesh `sae` has this process's features."""
         device = sae.W_enc.device
-        self.sae, self.cfg = sae, cfg
+        self.sae, self.cfg, self.objective, self.mesh = sae, cfg, objective_of(cfg), mesh
+        groups(cfg, sae.config.d_sae, mesh)  # says if the prefixes do not fit the width
+        if cfg.k is not None and cfg.k > sae.config.d_sae * mesh.features:
+            raise TrainError(f"k is {cfg.k}, and the SAE has {sae.config.d_sae * mesh.features} features; lower k.")
         self.step = 0
         on_cpu = device.type == "cpu"
-        if cfg.engine == "sparse" and not on_cpu:
-            raise TrainError(f"The sparse engine runs on CPUs, and the SAE is on {device}. Set engine to auto.")
         may_be_sparse = cfg.engine == "sparse" or (cfg.engine == "auto" and on_cpu and numba_is_there())
+        compiled = may_be_sparse and kernels_are_there(device)
         if may_be_sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.adam = Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps)
-        self.sparse = SparseStep(sae, cfg, self.adam, compiled=numba_is_there()) if may_be_sparse else None
-        self.entries = torch.full((), sae.config.d_sae * cfg.batch_rows, dtype=torch.float64, device=device)
-        """Entries of the last step's batch that were active or in the kernel window; all before the first step."""
+        self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if may_be_sparse else None
+        in_a_row = sae.config.d_sae * mesh.features if cfg.k is None else min(cfg.k, sae.config.d_sae)
+        self.entries = torch.full((), in_a_row * cfg.batch_rows, dtype=torch.float64, device=device)
+        """Entries of the last step's batch that were active or in the kernel window; before the first step all, or as
+        many as the architecture keeps."""
         self.silent_rows = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
         """Rows since each feature was last active."""
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         """Since the last metrics line: loss, mse, in-batch variance, L0, steps."""
-        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)
-        """The first step whose batch, and the first whose loss, was not finite; -1 where all were."""
+        self.resampled = torch.zeros((), dtype=torch.int64, device=device)
+        """Since the last metrics line: dead features that started again."""
+        self.active = torch.zeros((), dtype=torch.float64, device=device)
+        """Active entries of the last step's batch."""
+        self.watch = Watch(self.adam.parameters, device)
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "B D"]) -> None:
-        """One step: gradients, projection, Adam, renormalised decoder, thresholds kept positive."""
+    def update(
+        self, x: Float[Tensor, "B D"], y: Float[Tensor, "B E"] | None = None, code: FeatureCode | None = None
+    ) -> None:
+        """One step: gradients, projection, Adam, renormalised decoder, thresholds where no gradient moves them.
+
+        y: what to reconstruct; None: x. code: the batch's entries, where they were found already; only if
+        `takes_a_sparse_step`.
+        """
         cfg, sae = self.cfg, self.sae
         weight, lr = sparsity_weight_at(cfg, self.step), lr_at(cfg, self.step)
-        if self.sparse is not None and (cfg.engine == "sparse" or pays(float(self.entries), len(x), sae.config.d_sae)):
-            terms = self.sparse.update(x, weight, lr)
+        dead = None if cfg.aux_k is None else self.silent_rows >= cfg.dead_after_rows
+        is_sparse = self.takes_a_sparse_step(len(x))
+        if self.sparse is not None and is_sparse:
+            terms = self.sparse.update(x, weight, lr, y, code, dead)
         else:
-            terms = self._dense_update(x, weight, lr)
-        if not cfg.log_threshold:
-            sae.theta.clamp_(min=cfg.bandwidth / 2)  # the whole window of a threshold stays above 0
-        self._count(x, terms)
+            terms = self._dense_update(x, weight, lr, y, dead)
+        self.objective.settle(sae, terms.smallest, self.step, cfg)
         self.step += 1
+        self._count(x if y is None else y, terms, is_sparse)
+        if due(cfg, self.step):
+            self._resample(x, x if y is None else y)
 
-    def _dense_update(self, x: Tensor, weight: float, lr: float) -> Terms:
-        terms, gradients = loss_and_gradients(self.sae, x, self.cfg, weight)
+    def takes_a_sparse_step(self, rows: int) -> bool:
+        """Whether the coming step on so many rows is a sparse one. Synchronises."""
+        if self.sparse is None or self.cfg.engine == "sparse":
+            return self.sparse is not None
+        return pays(float(self.entries), rows * self.mesh.rows, self.sae.config.d_sae * self.mesh.features)
+
+    def _dense_update(self, x: Tensor, weight: float, lr: float, y: Tensor | None, dead: Tensor | None) -> Terms:
+        if self.cfg.micro_features is not None:
+            if self.sparse is not None:
+                self.sparse.stale = True
+            return blocked_update(self.sae, self.adam, x, x if y is None else y, self.cfg, weight, lr, self.mesh)
+        terms, gradients = loss_and_gradients(self.sae, x, self.cfg, weight, y, dead, self.mesh)
         remove_parallel_(gradients["W_dec"], self.sae.W_dec)
+        if self.cfg.clip_norm is not None:
+            mine = [g for name, g in gradients.items() if name not in SHARED]
+            shared = [g for name, g in gradients.items() if name in SHARED]
+            factor = clip_factor(mine, self.cfg.clip_norm, self.mesh, shared)
+            gradients = {name: g.mul_(factor) for name, g in gradients.items()}
         self.adam.update(gradients, lr)
         normalise_rows_(self.sae.W_dec)
         if self.sparse is not None:
@@ -68,40 +109,58 @@ class TrainState:
         return terms
 
     def release(self) -> None:
-        """The SAE's weights lie in memory row by row, as everybody else expects; this state is not used any more."""
+        """The SAE's weights lie in memory row by row, as everybody else expects, and what else is here is given back:
+        this state is not used any more."""
+        self.sparse = None
+        self.adam.second.clear()
         self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
 
-    def _count(self, x: Tensor, terms: Terms) -> None:
-        variance = (x - x.mean(0)).square().sum(1).mean()
+    def finished(self) -> SAE:
+        """The SAE in released form, of its architecture's own class; after `release`."""
+        return self.objective.release(self.sae, self.cfg)
+
+    def _resample(self, x: Tensor, y: Tensor) -> None:
+        self.resampled += resample(self.sae, self.adam, self.silent_rows, x, y, self.cfg, self.step)
+        if self.sparse is not None:
+            self.sparse.stale = True
+
+    def _count(self, y: Tensor, terms: Terms, is_sparse: bool) -> None:
+        mean = self.mesh.mean_rows(y.mean(0))
+        variance = self.mesh.mean_rows((y - mean).square().sum(1).mean())
         batch = torch.stack((terms.loss, terms.mse, variance, terms.l0, torch.ones_like(variance))).double()
         self.sums += batch
         self.entries.copy_(terms.entries)
-        self.silent_rows.add_(len(x)).masked_fill_(terms.fired > 0, 0)
-        bad = ~torch.stack((variance, terms.loss)).isfinite()
-        self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), self.step + 1, self.first_bad))
+        self.silent_rows.add_(len(y) * self.mesh.rows).masked_fill_(terms.fired > 0, 0)
+        self.active.copy_(terms.l0 * (len(y) * self.mesh.rows))
+        adam = self.adam
+        self.watch.look(self.step, variance, terms.loss, adam.parameters, adam.second, whole=not is_sparse)
+        self.watch.follow(self.cfg, self.step, terms.loss)
 
     def check_finite(self) -> None:
-        """Nothing; TrainError naming the first step whose batch or loss was not finite. Synchronises."""
-        bad_batch, bad_loss = (int(step) for step in self.first_bad)
-        if bad_batch >= 0 and bad_batch <= (bad_loss if bad_loss >= 0 else bad_batch):
-            raise TrainError(
-                f"The batch of step {bad_batch} holds NaN or infinite values. Check the activations. The weights in "
-                "memory are spoiled; the last checkpoint, if there is one, is from before."
-            )
-        if bad_loss >= 0:
-            raise TrainError(
-                f"The loss of step {bad_loss} is not finite, though its batch is. Lower lr (now {self.cfg.lr:g}) or "
-                "sparsity_weight. The last checkpoint, if there is one, is from before."
-            )
+        """Nothing; TrainError naming the first step and tensor that was not finite, or the first leap of the loss.
+        Synchronises."""
+        if fault := self.watch.fault(self.cfg, self.step, self.tensors()):
+            raise TrainError(fault)
+
+    def measured(self) -> Measured:
+        """What tells failures to train apart, of this process's features. Synchronises."""
+        moved = (self.sae.threshold.detach() / self.cfg.threshold_init - 1).abs().median()
+        window = (self.entries - self.active) / self.active.clamp(min=1)
+        return Measured(float(moved), float(window))
 
     def metrics(self) -> Metrics:
         """The line for the steps since the last one, whose sums start anew. Synchronises.
 
         loss, mse, l0: means over those steps. fvu: Σ‖x - x̂‖² / Σ‖x - batch mean‖² over them. dead, threshold: now.
-        lr, sparsity_weight: those of the last step.
+        lr, sparsity_weight: those of the last step. resampled, where that is on: features that started again.
         """
+        mesh = self.mesh
+        dead = mesh.sum_features((self.silent_rows >= self.cfg.dead_after_rows).sum())
+        threshold = mesh.sum_features(self.sae.threshold.detach().mean()) / mesh.features
         loss, mse, variance, l0, steps = self.sums.tolist()
         self.sums.zero_()
+        resampled = {} if self.cfg.resample_every is None else {"resampled": int(self.resampled)}
+        self.resampled.zero_()
         return {
             "step": self.step,
             "tokens": self.step * self.cfg.batch_rows,
@@ -109,10 +168,11 @@ class TrainState:
             "mse": mse / steps,
             "fvu": mse / variance if variance else 0.0,
             "l0": l0 / steps,
-            "dead": int((self.silent_rows >= self.cfg.dead_after_rows).sum()),
-            "threshold": float(self.sae.threshold.detach().mean()),
+            "dead": int(dead),
+            "threshold": float(threshold),
             "lr": lr_at(self.cfg, self.step - 1),
             "sparsity_weight": sparsity_weight_at(self.cfg, self.step - 1),
+            **resampled,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -120,6 +180,7 @@ class TrainState:
         named = {f"sae.{name}": p.detach() for name, p in self.sae.named_parameters()}
         named |= {f"adam.{name}": v for name, v in self.adam.second.items()}
         named |= {"adam.row_steps": self.adam.row_steps, "entries": self.entries}
+        named |= {"resampled": self.resampled, "loss_mean": self.watch.loss_mean}
         return named | {"silent_rows": self.silent_rows, "sums": self.sums}
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ spans: the topic over the whole story, the tense, direct speech, questions, sent
 the class and topic of every word in the lexicon, so that a feature's meaning can be scored against the truth.
 """
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def story(seed: int, n: int) -> Document:
     topic = rng.choice(list(world().topics.values()))
     teller = Teller(rng, topic)
     text = teller.tell()
-    return Document(id=f"stories:{seed}:{n}", text=text, labels=tuple(_labels(text, topic.name, teller.present)))
+    label = functools.partial(_labels, text, topic.name, teller.present)
+    return Document(id=f"stories:{seed}:{n}", text=text, label=label)
 
 
 class Teller:
