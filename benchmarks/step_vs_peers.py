@@ -28,6 +28,7 @@ import torch
 from peers.step import OUT_OF_MEMORY, load_state, peak_bytes
 from safetensors.torch import save_file
 from step import SIZES, machine, planted, product
+from width import load_kernels
 
 ROOT = Path(__file__).parent.parent
 ALL_SIZES = {**SIZES, "131k": replace(SIZES["64k"], d_sae=131_072)}
@@ -53,6 +54,7 @@ def ours(size: str, file: str, rounds: int) -> dict[str, object]:
         steps=1000, batch_rows=rows, sparsity_weight=1e-3, sparsity_warmup_steps=0, lr=1e-7, lr_warmup_steps=0,
         bandwidth=0.001, log_threshold=False, engine="sparse",
     )  # fmt: skip
+    load_kernels()
     before = peak_bytes(reset=True)
     tensors = load_state(file)
     x = tensors.pop("x")

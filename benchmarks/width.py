@@ -102,10 +102,19 @@ def planted_cheaply(D: int, F: int, B: int, l0: float):
     return sae, x, cfg
 
 
+def load_kernels() -> None:
+    """Takes a tiny step, so that loading and compiling kernels does not count as a step's memory."""
+    from mistudio.train.state import TrainState
+
+    sae, x, cfg = planted_cheaply(16, 64, 8, 4.0)
+    TrainState(sae, cfg).update(x)
+
+
 def child(D: int, F: int, B: int, rounds: int) -> dict[str, object]:
     """Seconds of steps, the peak beyond the empty process, the L0 of the last step; in a process of its own."""
     from mistudio.train.state import TrainState
 
+    load_kernels()
     before = peak_bytes(reset=True)
     sae, x, cfg = planted_cheaply(D, F, B, L0 if F >= 4096 else 30.0)
     state = TrainState(sae, cfg)

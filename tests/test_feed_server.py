@@ -27,6 +27,7 @@ from mistudio.store.served import ServedStore, open_rows
 from mistudio.store.shard import site_shards
 from mistudio.studio import train_verb
 from mistudio.train.state import TrainState
+from s3_server import FileServer
 from test_store import A, B, make
 
 ANY = "tcp://127.0.0.1:0"
@@ -167,6 +168,20 @@ def test_servers_that_have_the_same_buckets_are_asked_in_turn(store):
         assert torch.equal(taken(served.feed(A, 20, seed=2), 30), taken(store.feed(A, 20, seed=2), 30))
         sent = [load.bytes for load in served.load()]
     assert min(sent) > 0.3 * sum(sent)
+
+
+def test_a_store_at_a_url_is_served_through_a_cache_of_which_each_server_fills_its_own_slice(
+    store, tmp_path, monkeypatch
+):
+    fetched = tmp_path / "cache"
+    monkeypatch.setenv("MISTUDIO_CACHE", str(fetched))
+    how = [ServeOptions(bind=ANY, part=part, parts=2) for part in range(2)]
+    with FileServer(store.path.parent) as http:
+        url = f"{http.url}/{store.path.name}"
+        with serving(open_slice(url, how[0]), how[0]) as one, serving(open_slice(url, how[1]), how[1]) as two:
+            served = ServedStore.connect([one.address, two.address]).feed(A, 25, seed=2)
+            assert torch.equal(taken(served, 7), taken(store.feed(A, 25, seed=2), 7))
+    assert len(list(fetched.rglob(f"{A}/*.safetensors"))) == 7
 
 
 def test_many_trainers_at_different_positions_each_get_their_own(store, server):

@@ -32,13 +32,27 @@ def bucket(dtype: str, rows: int = 300, width: int = 37) -> dict[str, np.ndarray
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("scale", [3.3, 1e-3, 123456.7])
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_compiled_loops_give_the_bits_of_the_definition(always_compiled, dtype, scale, threads):
-    stored, c = bucket(dtype), np.float32(scale)
+@pytest.mark.parametrize("width", [16, 37, 48])  # multiples of 16 are written a cache line at a time
+def test_compiled_loops_give_the_bits_of_the_definition(always_compiled, width, dtype, scale, threads):
+    stored, c = bucket(dtype, width=width), np.float32(scale)
     chosen = np.random.default_rng(0).permutation(300)[:101]
-    expected, found = np.empty((2, 101, 37), dtype=np.float32)
+    expected, found = (torch.empty(101, width).numpy() for _ in range(2))  # torch aligns them
     definition(stored, dtype, chosen, c, expected)
     gather.gather(stored, dtype, chosen, c, found, threads)
     assert np.array_equal(expected.view(np.uint32), found.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
+def test_a_batch_that_does_not_begin_with_a_cache_line_gets_the_same_bits(always_compiled, dtype):
+    stored, c, chosen = bucket(dtype, width=48), np.float32(3.3), np.arange(300)[::-3].copy()
+    expected = np.empty((100, 48), dtype=np.float32)
+    definition(stored, dtype, chosen, c, expected)
+    around = torch.zeros(100 * 48 + 32).numpy()
+    found = around[1:-31].reshape(100, 48)
+    gather.gather(stored, dtype, chosen, c, found, 1)
+    assert np.array_equal(expected.view(np.uint32), found.view(np.uint32))
+    assert not around[0]
+    assert not around[-31:].any()
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**64 - 1))

@@ -55,8 +55,12 @@ def gather(
     if kernels is None or dtype == "float16":
         definition(stored, dtype, chosen, scale, out)
         return
+    lines = out.shape[1] % kernels.LINE == 0 and out.ctypes.data % kernels.LINE_BYTES == 0
     if dtype == "int8":
-        kernel = functools.partial(kernels.int8, stored[ROWS], stored[ROW_SCALE], chosen, scale, out)
+        kernel = kernels.int8_lines if lines else kernels.int8
+        kernel = functools.partial(kernel, stored[ROWS], stored[ROW_SCALE], chosen, scale, out)
+    elif lines:
+        kernel = functools.partial(kernels.lines, stored[ROWS], chosen, scale, out)
     elif dtype == "bfloat16":
         kernel = functools.partial(kernels.bfloat16, stored[ROWS], chosen, scale, out.view(np.uint32), out)
     else:

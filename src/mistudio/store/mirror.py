@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
@@ -162,13 +163,15 @@ class Mirror:
         receive(self.remote, self._name(shard), shard, rows, checksum, len)
 
     def expect(self, shards: Sequence[tuple[Shard, int, str | None]]) -> None:
-        """A thread fetches these shards (with rows and checksum), in their order, if they fit into the cache together.
+        """A thread fetches these shards (with rows and checksum), in their order, as many as fit into the cache.
 
         It says nothing of a failure: the shard is fetched again when it is needed, and then the failure is told.
         """
+        ends = accumulate(shard.total_bytes(rows) for shard, rows, _ in shards)
+        fitting = [some for some, end in zip(shards, ends, strict=True) if end <= self.cache.max_bytes]
         with self._lock:
-            self._expected = deque(shards)
-            if self._fetching or not shards:
+            self._expected = deque(fitting)
+            if self._fetching or not fitting:
                 return
             self._fetching = True
         threading.Thread(target=self._fetch_expected, name="prefetch", daemon=True).start()

@@ -101,9 +101,9 @@ def _int8_is_exact(D: int) -> bool:
     return torch.equal(multiply(signs, signs), (signs.double() @ signs.double().T).int())
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a·bᵀ: in the dtype of both, or int32 of int8."""
-    return (torch._int_mm if a.dtype == torch.int8 else torch.mm)(a, b.T, out=out)
+    return torch._int_mm(a, b.T) if a.dtype == torch.int8 else a @ b.T
 
 
 @dataclass(frozen=True)
