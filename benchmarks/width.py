@@ -52,8 +52,8 @@ class Plan:
         return sum(vars(self).values())
 
 
-def sparse_bytes(D: int, F: int, B: int, l0: float) -> Plan:
-    """Our sparse step: float32 weights and second moments, a bfloat16 copy of W_enc, and what a batch takes.
+def sparse_bytes(D: int, F: int, B: int, l0: float, gpu: bool = False) -> Plan:
+    """Our sparse step: float32 weights and second moments, on a GPU a bfloat16 copy of W_enc, and what a batch takes.
 
     No first moment (β₁ = 0), no gradients of weights: a feature's are made, used and dropped while its rows are in
     cache. Entries: twice the L0 are allowed for, since those in the kernel window count too. Vectors: nine numbers for
@@ -65,7 +65,7 @@ def sparse_bytes(D: int, F: int, B: int, l0: float) -> Plan:
         weights=2 * matrix,
         moments=2 * matrix,
         gradients=0,
-        rounded=matrix // 2,
+        rounded=matrix // 2 if gpu else 0,  # a CPU rounds block by block
         batch=B * D * (4 + 2 + 4),  # x, its bfloat16 copy, the residual
         entries=round(2 * B * l0 * ENTRY_BYTES),
         block=2 * max(128 * B, 1 << 22),  # one block of the encoder product, bfloat16
@@ -163,7 +163,7 @@ def row(found: dict) -> str:
 
 def print_plan(D: int, F: int, B: int, gigabytes: float) -> None:
     """The bytes of a width on a device."""
-    plan = sparse_bytes(D, F, B, L0)
+    plan = sparse_bytes(D, F, B, L0, gpu=True)
     print(f"Plan: {F:,d} x {D} with batches of {B:,d} on {gigabytes:g} GB (counted)")
     for name, size in vars(plan).items():
         print(f"  {name:10s} {size / 1e9:7.2f} GB")

@@ -15,7 +15,7 @@ from parts import rows, superposition
 
 
 def test_a_million_features_fit_80_gb_and_not_for_a_dense_trainer():
-    plan = width.sparse_bytes(2304, 1 << 20, 4096, 70.0)
+    plan = width.sparse_bytes(2304, 1 << 20, 4096, 70.0, gpu=True)
     assert plan.weights == plan.moments == 2 * 4 * 2304 * (1 << 20)
     assert plan.rounded == 2 * 2304 * (1 << 20)
     assert plan.total < 50e9

@@ -40,12 +40,13 @@ def test_weights_and_moments_are_counted_to_the_byte(config):
         assert parts[part] == sum(t.numel() * t.element_size() for t in named)
 
 
-def test_393216_features_of_2304_numbers_fit_into_24_gb_sparsely_and_not_densely():
+def test_393216_features_of_2304_numbers_take_16_gb_sparsely_and_23_densely():
     parts = training_bytes(WIDE, replace(CFG, engine="sparse"), CPU)
     assert [round(parts[name] / 1e9, 1) for name in ("weights", "second moments")] == [7.3, 7.3]
-    assert round(parts["the encoder's rounded copy"] / 1e9, 1) == 1.8
-    assert sum(parts.values()) < 20e9
-    assert total(WIDE, CFG) > 24e9
+    assert sum(parts.values()) < 18e9
+    assert total(WIDE, CFG) > 22e9
+    on_gpu = training_bytes(WIDE, replace(CFG, engine="sparse"), GPU)
+    assert round(on_gpu["the encoder's rounded copy"] / 1e9, 1) == 1.8
 
 
 def test_a_million_features_fit_into_80_gb():
@@ -69,7 +70,7 @@ def test_architectures_that_keep_k_never_start_densely():
     assert "gradients" in training_bytes(WIDE, replace(cfg, clip_norm=1.0), CPU)
 
 
-@pytest.mark.parametrize("room", [5e9, 12e9, 16e9])
+@pytest.mark.parametrize("room", [5e9, 9e9, 13e9])
 @pytest.mark.parametrize("engine", ["auto", "sparse"])
 def test_the_width_proposed_fits_and_the_next_does_not(room, engine):
     cfg = replace(CFG, engine=engine)

@@ -168,6 +168,16 @@ def test_adam_is_torchs_with_beta1_zero():
     torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-6)
 
 
+def test_vectors_take_their_part_of_the_learning_rate_and_matrices_the_whole():
+    moved = {}
+    for part in (1.0, 0.25):
+        parameters = {"W_dec": torch.ones(2, 3), "theta": torch.ones(2)}
+        Adam(parameters, 0.999, 1e-8, part).update({"W_dec": torch.ones(2, 3), "theta": torch.ones(2)}, 0.01)
+        moved[part] = {name: 1 - p for name, p in parameters.items()}
+    torch.testing.assert_close(moved[0.25]["W_dec"], moved[1.0]["W_dec"])
+    torch.testing.assert_close(moved[0.25]["theta"], moved[1.0]["theta"] / 4)
+
+
 def test_the_projected_gradient_is_orthogonal_to_its_decoder_row_whatever_the_norm():
     W, gradient = 3 * torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     across = gradient - (gradient * W).sum(1, keepdim=True) * W / (W * W).sum(1, keepdim=True)

@@ -109,9 +109,19 @@ class Batches:
                 return torch.from_numpy(self._made[number])
         if len(self._made) == self._most:
             return torch.empty(self._shape)
-        self._made.append(torch.empty(self._shape).numpy())  # torch aligns it, on which the bits of products may depend
+        self._made.append(_aligned(*self._shape))
         self._idle = sys.getrefcount(self._made[-1])
         return torch.from_numpy(self._made[-1])
+
+
+def _aligned(rows: int, width: int) -> Float32[np.ndarray, "B D"]:
+    """Memory that begins with a cache line, as torch's does: the bits of products may depend on it.
+
+    NumPy asks the system for large pages, which torch does not: that saves half of what a feed's first batches cost.
+    """
+    numbers = np.empty(rows * width + 15, dtype=np.float32)
+    first = -numbers.ctypes.data % 64 // 4
+    return numbers[first : first + rows * width].reshape(rows, width)
 
 
 @functools.cache

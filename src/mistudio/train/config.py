@@ -68,6 +68,9 @@ class TrainConfig:
     """Pairs (step, factor): once that many updates are done, the learning rate is multiplied by factor, until the next
     pair. Lower it after step 5000: 5000 0.3. Raise it for a while, to wake dead features: 5000 3 6000 1. A resumed run
     may add pairs from its checkpoint's step on."""
+    vector_lr: float = 1.0
+    """The learning rate of b_enc, theta and b_dec as a part of lr. Where E|x|^2 = 1 they are small numbers, and below 1
+    a high lr lets the weights learn fast while thresholds stay quiet. Gemma Scope's lr is low, and this 1."""
     beta2: float = 0.999
     """Adam's decay of the squared gradient. There is no first moment: beta1 is 0."""
     adam_eps: float = 1e-8
@@ -137,6 +140,7 @@ class TrainConfig:
             _check(name, count, count >= 0, "at least 0")
         for name, size in (
             ("lr", self.lr),
+            ("vector_lr", self.vector_lr),
             ("adam_eps", self.adam_eps),
             ("bandwidth", self.bandwidth),
             ("threshold_init", self.threshold_init),

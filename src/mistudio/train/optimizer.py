@@ -30,8 +30,9 @@ PIECE_NUMBERS = 1 << 24
 class Adam:
     """p ← p - lr · g / (√(v / (1 - β₂ᵗ)) + eps) with v ← β₂·v + (1 - β₂)·g²."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], beta2: float, eps: float):
-        self.parameters, self.beta2, self.eps = parameters, beta2, eps
+    def __init__(self, parameters: Mapping[str, Tensor], beta2: float, eps: float, vector_lr: float = 1.0):
+        """`vector_lr`: what the learning rate of parameters with one axis is multiplied by."""
+        self.parameters, self.beta2, self.eps, self.vector_lr = parameters, beta2, eps, vector_lr
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.steps = 0
         by_feature = [p.shape[FEATURE_AXIS[name]] for name, p in parameters.items() if name in FEATURE_AXIS]
@@ -51,9 +52,10 @@ class Adam:
         correction = math.sqrt(1 - self.beta2**self.steps)
         for name, gradient in gradients.items():
             whole = (self.parameters[name].detach(), self.second[name], gradient)
+            step = lr if gradient.ndim > 1 else lr * self.vector_lr
             for p, v, g in _pieces(FEATURE_AXIS.get(name, 0), *whole):
                 v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-lr)
+                p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-step)
 
     def rows(self, name: str) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
         """A parameter and its second moment with features first: views."""
