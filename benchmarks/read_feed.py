@@ -1,14 +1,28 @@
-"""How fast a shuffled feed reads: bytes a second of `store.feed` / those of a plain sequential read of the same files.
+"""How fast a shuffled feed reads, and what the shuffle costs when a store is written.
 
-    python benchmarks/read_feed.py [--rows 200000] [--width 576] [--rounds 5] [--prefetch 2] [--threads 2]
+    python benchmarks/read_feed.py [--rows 200000] [--width 2304] [--rounds 5] [--prefetch 2] [--threads 2] [--small]
 
-Warm: the files are in the page cache. Cold: they were dropped from it (posix_fadvise) before each reading. The plain
-read takes 4 MiB at a time into one buffer and does nothing with it. The feed checks SHA-256 at the first read of a
-store that was just opened (first), and not again (again). Rounds alternate; medians and ranges of the ratios.
+Reading: bytes a second of `store.feed` / those of a plain sequential read of the same files. Warm: the files are in the
+page cache. Cold: they were dropped from it (posix_fadvise) before each reading. The plain read takes 4 MiB at a time
+into one buffer and does nothing with it; a second one ("into batches") reads into memory of the size of a batch, three
+in turn, as anybody who hands the rows on must. The feed checks SHA-256 at the first read of a store that was just
+opened (first), and not again (again).
+
+Beside SAELens 6.54.12: rows a second of our feed / those of its ActivationsStore on a cache of the same rows, with its
+mixing buffer of 16,384 rows and without any (it checks nothing, so its "first" is ours alone); in an environment of
+its own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another; --no-peer leaves it out).
+
+Writing: seconds of a whole store of `--buckets` buckets / those of one of a single bucket, to which rows go in order.
+
+Rounds alternate and the first is left out; medians and ranges of the ratios, by the wall's clock and the processor's.
 """
 
 import argparse
+import gc
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,25 +34,31 @@ import torch
 from mistudio.store import FeedOptions, Store, StoreWriter
 
 SITE, BATCH = "layers.0.resid_post", 4096
+ROOT = Path(__file__).parent.parent
 
 
-def make(path: Path, rows: int, width: int) -> Store:
-    """A store of random rows in about five buckets."""
+def make(path: Path, rows: int, width: int, buckets: int = 5) -> Store:
+    """A store of random rows, the same 8,192 over and over."""
     draw = torch.Generator().manual_seed(0)
+    values = torch.randn(min(8192, rows), width, generator=draw)
+    return written(path, rows, values, buckets)
+
+
+def written(path: Path, rows: int, values: torch.Tensor, buckets: int) -> Store:
+    """A store of `rows` rows that are `values` [B, D] over and over."""
     with StoreWriter.create(
         path,
-        widths={SITE: width},
+        widths={SITE: values.shape[1]},
         expected_rows=rows,
-        bucket_rows=rows // 5,
+        bucket_rows=-(-rows // buckets),
         seed=0,
         model="none",
         context=1,
         source={},
     ) as writer:
         while writer.rows < rows:
-            count = min(8192, rows - writer.rows)
-            where = torch.zeros(count, 3, dtype=torch.int32)
-            writer.write({SITE: torch.randn(count, width, generator=draw)}, where)
+            count = min(len(values), rows - writer.rows)
+            writer.write({SITE: values[:count]}, torch.zeros(count, 3, dtype=torch.int32))
         return writer.finish()
 
 
@@ -49,19 +69,20 @@ def shards(store: Store) -> list[Path]:
 
 def drop(store: Store) -> None:
     """The files are not in the page cache."""
+    gc.collect()  # a mapped file stays in it
     for path in shards(store):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def plain(store: Store) -> None:
-    """Every byte once, in order."""
-    buffer = bytearray(1 << 22)
+def plain(store: Store, buffers: list[np.ndarray]) -> None:
+    """Every byte once, in order, into one buffer after the other."""
+    number = 0
     for path in shards(store):
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            while file.readinto(buffers[number % len(buffers)]):
+                number += 1
 
 
 def feed(store: Store, prefetch: int, threads: int | None) -> None:
@@ -71,48 +92,142 @@ def feed(store: Store, prefetch: int, threads: int | None) -> None:
         next(batches)
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Of the wall."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> np.ndarray:
+    """Of the wall, and of all threads of this process."""
+    start = np.array([time.perf_counter(), time.process_time()])
     work()
-    return time.perf_counter() - start
+    return np.array([time.perf_counter(), time.process_time()]) - start
+
+
+def shown(name: str, ratios: list[np.ndarray]) -> None:
+    """A line: median and range of the ratios by the wall's clock, and by the processor's."""
+    of_clock = zip(("wall", "processor"), np.stack(ratios[1:]).T, strict=True)
+    texts = [f"{clock} {np.median(r):.2f} ({r.min():.2f}-{r.max():.2f})" for clock, r in of_clock]
+    print(f"{name}: {', '.join(texts)}", flush=True)
+
+
+def measure_reading(path: Path, args: argparse.Namespace) -> None:
+    """Prints the feed's rate over plain reads."""
+    store = Store.open(path)
+    size = store.rows * store.width(SITE) * 4
+    once = size / (store.rows // BATCH * BATCH * store.width(SITE) * 4)  # a feed reads whole batches only
+    ways = {
+        "plain read": [np.zeros(1 << 22, dtype=np.uint8)],
+        "plain read into batches": [np.zeros(BATCH * store.width(SITE) * 4, dtype=np.uint8) for _ in range(3)],
+    }
+    for cold in (True, False):
+        for first in (True, False):
+            found: dict[str, list[np.ndarray]] = {name: [] for name in ways}
+            rates = []
+            for _ in range(args.rounds + 1):
+                store = Store.open(path)
+                if not first:
+                    feed(store, 0, args.threads)
+                if cold:
+                    drop(store)
+                ours = seconds(lambda store=store: feed(store, args.prefetch, args.threads)) * once
+                rates.append(size / ours[0] / 1e9)
+                for name, buffers in ways.items():
+                    if cold:
+                        drop(store)
+                    found[name].append(seconds(lambda store=store, buffers=buffers: plain(store, buffers)) / ours)
+            kind = f"{'cold' if cold else 'warm'}, {'first' if first else 'again'}"
+            print(f"{kind}: feed {np.median(rates[1:]):.2f} GB/s")
+            for name, ratios in found.items():
+                shown(f"{kind}: feed / {name}", ratios)
+
+
+class Peer:
+    """SAELens in a process of its own, which answers questions (`peers/read.py`)."""
+
+    def __init__(self, threads: int):
+        python = os.environ.get("MISTUDIO_SAELENS_PYTHON", str(ROOT / ".venv-peers/bin/python"))
+        if not Path(python).exists():
+            sys.exit(f"There is no {python}; `make test-peers` makes it, or set MISTUDIO_SAELENS_PYTHON, or --no-peer.")
+        command = [python, str(Path(__file__).parent / "peers/read.py"), str(threads)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, text=True, **pipes)
+
+    def ask(self, **question: object) -> dict[str, float]:
+        """Its answer."""
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            sys.exit(f"SAELens failed. Try it by hand: {' '.join(self._process.args)}, then {json.dumps(question)}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """It has ended."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure_peer(path: Path, args: argparse.Namespace) -> None:
+    """Prints our rows a second over the peer's."""
+    store = Store.open(path)
+    peer = Peer(args.threads or torch.get_num_threads())
+    try:
+        peer.ask(files=[str(file) for file in shards(store)], cache=str(path.parent / "cache"), width=store.width(SITE))
+        for cold in (True, False):
+            for first in (True, False):
+                found: dict[float, list[np.ndarray]] = {0.5: [], 0.0: []}
+                for _ in range(args.rounds + 1):
+                    if first:
+                        store = Store.open(path)
+                    if cold:
+                        drop(store)
+                    ours = seconds(lambda store=store: feed(store, args.prefetch, args.threads))
+                    ours /= store.rows // BATCH * BATCH
+                    for mixing, ratios in found.items():
+                        answer = peer.ask(mixing=mixing, cold=cold)
+                        theirs = np.array([answer["wall"], answer["processor"]]) / answer["rows"]
+                        ratios.append(theirs / ours)
+                kind = f"{'cold' if cold else 'warm'}, {'first' if first else 'again'}: our rows/s / SAELens's"
+                shown(f"{kind}, shuffled in its buffer", found[0.5])
+                shown(f"{kind}, not shuffled", found[0.0])
+    finally:
+        peer.close()
+
+
+def measure_writing(folder: Path, args: argparse.Namespace) -> None:
+    """Prints what scattering rows to buckets costs."""
+    values = torch.randn(4096, args.width, generator=torch.Generator().manual_seed(0))
+    ratios = []
+    for number in range(args.rounds + 1):
+        places = [folder / f"written{number}_{buckets}" for buckets in (args.buckets, 1)]
+        found = [
+            seconds(lambda place=place, buckets=buckets: written(place, args.rows, values, buckets))
+            for place, buckets in zip(places, (args.buckets, 1), strict=True)
+        ]
+        ratios.append(found[0] / found[1])
+        for place in places:
+            subprocess.run(["rm", "-r", str(place)], check=True)
+    shown(f"writing with the shuffle into {args.buckets} buckets / without, time", ratios)
 
 
 def main() -> None:
-    """Prints the rates and their ratio, cold and warm, with the first read of a store and the next."""
+    """Prints all ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--width", type=int, default=2304)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--threads", type=int, help="that gather rows; left out: as many as torch uses, at most 4")
+    parser.add_argument("--buckets", type=int, default=20, help="of the store that is written")
+    parser.add_argument("--no-peer", action="store_true", help="without SAELens")
+    parser.add_argument("--small", action="store_true", help="a few seconds, to see that it runs")
     args = parser.parse_args()
+    if args.small:
+        args.rows, args.width, args.rounds, args.buckets = 20_000, 256, 1, 5
+    print(f"{args.rows:,} rows of {args.width}, {len(os.sched_getaffinity(0))} cores")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s"
-        store = make(path, args.rows, args.width)
-        size = store.rows * args.width * 4
-        feed(store, 0, args.threads)  # loops are compiled before the clock runs
-        for cold in (True, False):
-            for first in (True, False):
-                rates = []
-                for _ in range(args.rounds + 1):
-                    store = Store.open(path)
-                    if not first:
-                        feed(store, 0, args.threads)
-                    if cold:
-                        drop(store)
-                    shuffled = seconds(lambda store=store: feed(store, args.prefetch, args.threads))
-                    if cold:
-                        drop(store)
-                    rates.append((size / shuffled / 1e9, size / seconds(lambda store=store: plain(store)) / 1e9))
-                ours, theirs = np.array(rates[1:]).T
-                ratio = ours / theirs
-                print(
-                    f"{'cold' if cold else 'warm'}, {'first' if first else 'again'}: feed {np.median(ours):.2f} GB/s, "
-                    f"plain {np.median(theirs):.2f} GB/s, ratio {np.median(ratio):.2f} "
-                    f"({ratio.min():.2f}-{ratio.max():.2f})",
-                    flush=True,
-                )
+        feed(make(path, args.rows, args.width), 0, args.threads)  # loops are compiled before the clock runs
+        measure_reading(path, args)
+        if not args.no_peer:
+            measure_peer(path, args)
+        measure_writing(Path(folder), args)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_a_server_killed_at_fifty_moments_loses_and_repeats_no_row(store):
         assert served.position.epoch >= 10
 
 
-def test_a_server_of_the_command_line_says_where_it_is_serves_and_ends_with_ctrl_c(store):
+def test_a_server_of_the_command_line_says_where_it_is_serves_and_ends_when_asked(store):
     command = [sys.executable, "-m", "mistudio.cli", "feed", "serve", str(store.path), "--bind", "tcp://127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         said = server.stderr.readline()
@@ -64,7 +64,7 @@ def test_a_server_of_the_command_line_says_where_it_is_serves_and_ends_with_ctrl
         address = said.split(" at ")[1].split(";")[0]
         served = ServedStore.connect(address, patience=LASTING).feed(A, 50, seed=1)
         assert torch.equal(taken(served, 9), taken(store.feed(A, 50, seed=1), 9))
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)  # Ctrl-C is ignored by processes that a shell put into the background
         out, err = server.communicate()
     assert server.returncode == 0
     assert "GB of rows were sent" in out

@@ -74,7 +74,8 @@ def gather(
 
 def row_order(seed: int, epoch: int, bucket: int, size: int) -> Int64[np.ndarray, " B"]:
     """`order.row_order`, sorted by a compiled loop where that is worth it."""
-    kernels = compiled() if size * 64 >= WORTH_BYTES else None
+    loaded = compiled.cache_info().currsize > 0
+    kernels = compiled() if loaded or size * 64 >= WORTH_BYTES else None
     if kernels is None:
         return order.row_order(seed, epoch, bucket, size)
     found: Int64[np.ndarray, " B"] = kernels.sorted_places(order.row_draws(seed, epoch, bucket, size))

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +35,8 @@ class Folder:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._sound: set[Path] = set()
+        self._checks: dict[Path, Future[None]] = {}  # begun by `expect`
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -64,7 +67,12 @@ class Folder:
         checksum: None where the manifest has none.
         """
         if not known:
-            self.verify(shard, rows, checksum)
+            begun = self._checks.pop(shard.path, None)
+            if begun is None:
+                self.verify(shard, rows, checksum)
+            else:
+                begun.result()
+            self._sound.add(shard.path)
         yield
 
     def verify(self, shard: Shard, rows: int, checksum: str | None) -> None:
@@ -74,15 +82,37 @@ class Folder:
             shard.check_hash(rows, checksum)
 
     def expect(self, shards: Sequence[tuple[Shard, int, str | None]]) -> None:
-        """The system begins to read these shards into its page cache, where it can be told to."""
-        if sys.platform != "linux":
-            return
-        for shard, _, _ in shards:
+        """The system begins to read these shards into its page cache, where it can be told to; those that were not read
+        yet are checked, each in a thread, so that a first epoch does not wait at every bucket for a whole SHA-256.
+        """
+        for shard, rows, checksum in shards:
+            if sys.platform == "linux":
+                _read_ahead(shard.path)
+            if shard.path not in self._sound and shard.path not in self._checks:
+                self._checks[shard.path] = self._begun(shard, rows, checksum)
+
+    def _begun(self, shard: Shard, rows: int, checksum: str | None) -> Future[None]:
+        """`verify`, in a thread that does not keep the process from ending."""
+        result: Future[None] = Future()
+
+        def check() -> None:
             try:
-                with open(shard.path, "rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            except OSError as error:  # whether the shard can be read is found out when it is
-                log.debug("not read ahead: %s", error)
+                self.verify(shard, rows, checksum)
+            except BaseException as error:  # raised where the shard is needed
+                result.set_exception(error)
+            else:
+                result.set_result(None)
+
+        threading.Thread(target=check, name="check", daemon=True).start()
+        return result
+
+
+def _read_ahead(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError as error:  # whether the shard can be read is found out when it is
+        log.debug("not read ahead: %s", error)
 
 
 class Mirror:

@@ -1,8 +1,11 @@
-"""`mistudio feed serve`: a store for trainers on this machine or others, until it is stopped with Ctrl-C."""
+"""`mistudio feed serve`: a store for trainers on this machine or others, until it is stopped (Ctrl-C, SIGTERM)."""
 
 import logging
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -43,7 +46,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Serves until Ctrl-C."""
+    """Serves until Ctrl-C or SIGTERM."""
     key = None if config.key is None else read_key(config.key, "server")
     how = ServeOptions(bind=config.bind, key=key, part=config.part, parts=config.parts, readers=config.readers)
     server = FeedServer(open_slice(config.store, how), how)
@@ -55,11 +58,17 @@ def run(config: Config) -> Result:
         server.address,
         server.address,
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         server.run()
     except KeyboardInterrupt:
         log.info("stopped")
     return Result(address=server.address, bytes=server.bytes)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def show(result: Result) -> RenderableType:
