@@ -285,7 +285,7 @@ def draw(lines: list[dict], sources: list[str], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, len(sources), figsize=(4.6 * len(sources), 3.8), squeeze=False)
     for panel, source in zip(panels[0], sources, strict=True):
@@ -295,7 +295,10 @@ def draw(lines: list[dict], sources: list[str], file: Path) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), marker=marker, label=trainer)
         panel.set(xscale="log", xlabel="L0 (held-out)", ylabel="FVU (held-out)", title=source)
-        panel.grid(alpha=0.3, which="both")
+        panel.xaxis.set_major_locator(ticker.FixedLocator([8, 16, 32, 64, 128, 256]))
+        panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)

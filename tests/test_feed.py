@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mistudio.errors import StoreError
 from mistudio.store import FeedOptions, Position, Store
 from mistudio.store.order import bucket_order, buckets_of_rows, row_order
+from mistudio.store.shard import Shard
 from test_store import A, B, make
 
 
@@ -133,6 +134,32 @@ def test_pinned_memory_without_a_gpu_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pinned_batches_are_pinned(store):
     assert next(store.feed(A, 5, seed=1, how=FeedOptions(pinned=True))).is_pinned()
+
+
+# ---- checks ahead
+
+
+def test_every_shard_is_read_for_its_checksum_once_and_not_again_in_later_epochs(tmp_path, monkeypatch):
+    store = make(tmp_path / "s", rows=100, bucket_rows=30)
+    hashed, original = [], Shard.hash
+    monkeypatch.setattr(Shard, "hash", lambda shard, rows: hashed.append(shard.path) or original(shard, rows))
+    taken(store.feed(A, 10, seed=1), 35)
+    assert sorted(hashed) == sorted((store.path / A).glob("*.safetensors"))
+
+
+def test_a_damaged_bucket_that_was_checked_ahead_is_named_when_it_is_reached_and_can_be_mended(tmp_path):
+    store = make(tmp_path / "s", rows=100, bucket_rows=30)
+    second = int(bucket_order(1, 0, 4)[1])
+    path = store.path / A / f"{second:05d}.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    feed = store.feed(A, 1, seed=1, how=FeedOptions(prefetch=0))
+    first = int(bucket_order(1, 0, 4)[0])
+    taken(feed, store.manifest.bucket_sizes[first])
+    with pytest.raises(StoreError, match=path.name):
+        next(feed)
+    path.write_bytes(sound)
+    assert len(taken(store.feed(A, 10, seed=1), 10)) == 100
 
 
 # ---- is it a uniform shuffle?

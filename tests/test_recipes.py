@@ -41,7 +41,7 @@ def test_gemma_scope_2_differs_from_gemma_scope_in_what_its_report_says():
 def test_differences_name_what_is_not_gemma_scopes():
     assert differences(gemma_scope(seed=3)) == {}
     found = differences(quick())
-    assert found["bandwidth"] == (0.02, 0.001)
+    assert found["bandwidth"] == (0.01, 0.001)
     assert found["sparsity"] == ("target_mean_l0", "l0")
     assert "log_every" not in found
     assert {"lr", "steps", "log_threshold", "b_dec_init", "target_l0"} <= set(found)
@@ -87,8 +87,11 @@ def test_the_frequency_penalty_leaves_no_feature_above_its_limit(weight):
     cfg = dataclasses.replace(
         quick(target_l0=6.0, steps=250, batch_rows=256),
         b_dec_init="zero",
+        bandwidth=0.02,
         threshold_init=0.02,
         lr=3e-3,
+        vector_lr=1.0,
+        lr_decay_fraction=0.3,
         beta2=0.999,
         frequency_weight=weight,
     )

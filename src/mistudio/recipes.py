@@ -70,8 +70,9 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
     A wide window and a raw threshold let θ travel its whole way in a thousand steps; the quadratic penalty on the
     batch's mean L0 aims at the target; b_dec starts at the mean, so that no feature need stand for it. θ starts where
     few features are on, since the first steps of a code that is half full spoil it. β₂ is small because the first step
-    of a feature that was silent for long is lr/√(1 - β₂): 3 lr, and with 0.999 it is 32. Both warm-ups shrink with a
-    shorter run (at 1,500 steps and above: 100 and 300 steps).
+    of a feature that was silent for long is lr/√(1 - β₂): 3 lr, and with 0.999 it is 32. Thresholds and biases take a
+    fifth of the weights' learning rate, else they are its limit. Both warm-ups shrink with a shorter run (at 1,500
+    steps and above: 100 and 300 steps).
     """
     return TrainConfig(
         steps=steps,
@@ -80,11 +81,12 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
         sparsity_weight=4.0,
         target_l0=target_l0,
         sparsity_warmup_steps=min(300, steps // 5),
-        lr=5e-3,
+        lr=6e-3,
+        vector_lr=0.2,
         lr_warmup_steps=min(100, steps // 15),
-        lr_decay_fraction=0.3,
+        lr_decay_fraction=0.5,
         beta2=0.9,
-        bandwidth=0.02,
+        bandwidth=0.01,
         threshold_init=0.05,
         log_threshold=False,
         b_dec_init="mean",
