@@ -11,7 +11,7 @@ demo-fast: .venv/.installed   ## the same in its shortest form, under a minute
 	$(BIN)/mistudio demo --fast --workspace workspace/demo-fast --resume
 
 test: .venv/.installed-dev    ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-peers: .venv/.installed-dev .venv-peers/.installed   ## SAEs exchanged with SAELens, in its own environment
 	$(BIN)/python -m pytest tests/test_formats_saelens.py
