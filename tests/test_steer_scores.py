@@ -167,7 +167,11 @@ def test_steer_vector_makes_a_vector_that_steer_takes(folder, tmp_path, capsys):
     steer = ["steer", "Once", "--sae", str(folder), "--vector", str(out), "--strength", "1", "--max-new-tokens", "3"]
     export = tmp_path / "steer.py"
     cli.main([*steer, "--export", str(export), "--stream", "--track", "2", "--track-plot", str(tmp_path / "t.png")])
+    page = tmp_path / "t.html"
+    cli.main([*steer, "--track", "2", "3", "--track-plot", str(page)])
     capsys.readouterr()
+    assert page.read_text().startswith("<!doctype html>")
+    assert "feature 3" in page.read_text()
     assert export.read_text().startswith('"""A steering written by mistudio')
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     for wrong, reason in (

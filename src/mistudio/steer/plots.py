@@ -13,6 +13,7 @@ from mistudio.steer.tracking import Track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRACKS_SHOWN = 6
 """Texts in one picture."""
@@ -20,7 +21,7 @@ INK, EFFECT, PRICE = "#334155", "#0284c7", "#ea580c"
 
 
 def plot_dose_response(dose: DoseResponse, path: Path, *, title: str = "") -> Path:
-    """The path of a PNG: response above, rise in cross-entropy below, over strength; 95% intervals shaded."""
+    """The path of a PNG or .html: response above, rise in cross-entropy below, over strength; with 95% intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,9 +41,19 @@ def plot_dose_response(dose: DoseResponse, path: Path, *, title: str = "") -> Pa
     upper.set_ylabel(f"rise of the {dose.measure}")
     lower.set_ylabel("rise in cross-entropy,\nnats/token")
     lower.set_xlabel(f"strength; means over {dose.doses[0].response.n} seeds, 95% intervals")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_bytes(path, png.getvalue())
+    return _written(figure, path)
+
+
+def _written(figure: "Figure", path: Path) -> Path:
+    """The path of the picture: .html holds it as a drawing (SVG) that grows with the window, anything else is PNG."""
+    html = path.suffix == ".html"
+    data = io.BytesIO()
+    figure.savefig(data, format="svg" if html else "png")
+    drawn = data.getvalue()
+    if html:
+        svg = drawn[drawn.index(b"<svg") :]
+        drawn = b'<!doctype html><meta charset="utf-8"><style>svg{width:100%;height:auto}</style>\n' + svg
+    write_bytes(path, drawn)
     return path
 
 
@@ -54,7 +65,7 @@ def _curve(axes: "Axes", x: Sequence[float], y: Sequence[Interval], colour: str)
 
 
 def plot_tracks(tracks: Sequence[Track], path: Path, *, title: str = "") -> Path:
-    """The path of a PNG: for each text a row of bars, one a token, as high as the followed feature is active.
+    """The path of a PNG or .html: for each text a row of bars, one a token, as high as the followed feature is active.
 
     With several features, one colour each, side by side. The prompt's tokens stand on grey. All rows share one scale,
     apart from BOS, whose activation is often huge; at most TRACKS_SHOWN texts.
@@ -70,10 +81,7 @@ def plot_tracks(tracks: Sequence[Track], path: Path, *, title: str = "") -> Path
     for axes, track in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         _bars(axes, track, longest, highest or 1.0)
     figure.suptitle(title or "Activation at every token", x=0.01, ha="left", fontsize=11, color=INK)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_bytes(path, png.getvalue())
-    return path
+    return _written(figure, path)
 
 
 def _bars(axes: "Axes", track: Track, longest: int, highest: float) -> None:

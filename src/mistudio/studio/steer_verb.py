@@ -95,9 +95,9 @@ class Config:
     save: Path | None = None
     """File to record the experiment in; `mistudio steer-run FILE` runs it again."""
     plot: Path | None = None
-    """PNG of the sweep."""
+    """Picture of the sweep: .png or .html."""
     track_plot: Path | None = None
-    """PNG of the followed features along the texts."""
+    """Picture of the followed features along the texts: .png or .html."""
     export: Path | None = None
     """File to put the steering in for use elsewhere: the vector (.safetensors, .npz; .gguf for llama.cpp), or a program
     (.py) that writes the steered text with torch and transformers alone."""
