@@ -12,14 +12,17 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import torch
 import transformers
 
-from mistudio.lm import LanguageModel, Site
+from mistudio.lm import LanguageModel, Site, documents
 from mistudio.steer import Lab, Push, steered
 
 PROMPT = "Once upon a time"
+PROMPTS = 40
+"""Beginnings of held-out stories that the cache is tried on."""
 
 
 def model(name: str) -> LanguageModel:
@@ -61,7 +64,8 @@ def write(lab: Lab, rows: int, tokens: int, push: Push | None, first_seed: int =
 
 def cache_agreement(lab: Lab, push: Push, tokens: int) -> float:
     """Share of greedy tokens that are the same with and without the cache, up to the first that is not."""
-    prompts = ["Once upon a time", "One day a little", "There was a", "In the morning", "The small fox", "Every night"]
+    stories = islice(documents("stories", part="held_out"), PROMPTS)
+    prompts = [" ".join(story.text.split()[:8]) for story in stories]
     same = total = 0
     for prompt in prompts:
         texts = []
