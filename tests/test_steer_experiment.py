@@ -242,3 +242,10 @@ def test_every_method_is_named_in_the_flags_help():
     source = Path(steer_verb.__file__).read_text(encoding="utf-8")
     for name in METHODS:
         assert name in source, name
+
+
+def test_an_empty_prompt_is_refused():
+    push = Push(feature=1, strength=1.0)
+    for prompts in ((), ("",), ("Once", " ")):
+        with pytest.raises(ConfigError, match="A prompt is empty"):
+            Experiment(prompts=prompts, pushes=(push,))

@@ -73,6 +73,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.pushes:
             raise ConfigError("An experiment needs at least one push: a feature or a vector, and a strength.")
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError('A prompt is empty; give the beginning of a text, such as "Once upon a time".')
         if self.sweep:
             check_strengths(self.sweep)
         if self.ask is not None and not self.controls:
