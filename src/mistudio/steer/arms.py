@@ -100,9 +100,8 @@ def write_arms(
     with progress_bar("steer", len(rows), "texts") as bar:
         for first in range(0, len(rows), batch_rows):
             part = rows[first : first + batch_rows]
-            contexts = [lab.lm.to_tokens(arm.prefix + prompts[number]) for number, arm, _, _ in part]
-            if double_bos:
-                contexts = [[lab.lm.bos_id, *context] for context in contexts]
+            more = [lab.lm.bos_id] if double_bos else []
+            contexts = [[*more, *lab.lm.to_tokens(arm.prefix + prompts[number])] for number, arm, _, _ in part]
             pushes = [arm.of(index) for _, arm, index, _ in part]
             with steered(lab, pushes, [len(context) for context in contexts]) as trace:
                 texts = lab.lm.generate_rows(
