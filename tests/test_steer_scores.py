@@ -169,6 +169,7 @@ def test_steer_vector_makes_a_vector_that_steer_takes(folder, tmp_path, capsys):
     cli.main([*steer, "--export", str(export), "--stream", "--track", "2", "--track-plot", str(tmp_path / "t.png")])
     page = tmp_path / "t.html"
     cli.main([*steer, "--track", "2", "3", "--track-plot", str(page)])
+    cli.main([*steer, "--track-top", "2", "--track-plot", str(tmp_path / "top.png")])
     capsys.readouterr()
     assert page.read_text().startswith("<!doctype html>")
     assert "feature 3" in page.read_text()

@@ -65,6 +65,8 @@ class Experiment:
     """Seed of the choice of random controls."""
     track: tuple[int, ...] = ()
     """Features whose activation is followed along the unsteered and the steered texts."""
+    track_top: int | None = None
+    """Instead, how many of each text's strongest features are followed."""
     frequency_penalty: float = 0.0
     """What is taken off a token's score for every time it was there before (TransformerLens's freq_penalty)."""
     double_bos: bool = False
@@ -77,6 +79,8 @@ class Experiment:
             raise ConfigError('A prompt is empty; give the beginning of a text, such as "Once upon a time".')
         if self.sweep:
             check_strengths(self.sweep)
+        if self.track_top is not None and (self.track or self.track_top < 1):
+            raise ConfigError("track_top is a number of at least 1, and takes the place of track.")
         if self.ask is not None and not self.controls:
             raise ConfigError("The prompt baseline (ask) is one of the controls; ask for those too.")
 
@@ -140,7 +144,9 @@ def run_experiment(
         left_out=left_out,
         dose=dose,
         rows=rows,
-        tracks=track(lab, followed, site=site, features=experiment.track) if experiment.track else [],
+        tracks=track(lab, followed, site=site, features=experiment.track, top=experiment.track_top)
+        if experiment.track or experiment.track_top
+        else [],
     )
 
 

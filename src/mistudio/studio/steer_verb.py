@@ -78,6 +78,8 @@ class Config:
     """Words whose share is counted, such as sea,boat,waves."""
     track: tuple[int, ...] = ()
     """Features to follow along the texts, which are then coloured by the first of them."""
+    track_top: int | None = None
+    """Instead, how many of each text's strongest features to follow."""
     chat: bool = False
     """The prompt is a user's message, put into the model's chat template."""
     ce_bound: float = 0.5
@@ -119,8 +121,8 @@ class Config:
             raise ConfigError(f"{self.method} takes no strength; leave --strength out.")
         if self.plot is not None and self.sweep is None:
             raise ConfigError("--plot draws a sweep; give one: --sweep 0,10,20,40,80.")
-        if self.track_plot is not None and not self.track:
-            raise ConfigError("--track-plot draws followed features; say which: --track 123.")
+        if self.track_plot is not None and not self.track and self.track_top is None:
+            raise ConfigError("--track-plot draws followed features; say which: --track 123, or --track-top 3.")
         if self.export is not None and self.export.suffix not in (*SUFFIXES, ".py"):
             raise ConfigError(f"--export {self.export} has none of the endings {', '.join((*SUFFIXES, '.py'))}.")
         if self.chat and self.ask is not None:
@@ -158,6 +160,7 @@ def experiment_of(config: Config, prompt: str) -> Experiment:
         words=tuple(word.strip() for word in config.words.split(",") if word.strip()) if config.words else (),
         ce_bound=config.ce_bound,
         track=config.track,
+        track_top=config.track_top,
     )
 
 
@@ -263,11 +266,12 @@ def coloured(result: Outcome) -> list[Columns]:
     """The pairs of texts, each token's background as strong as the first tracked feature is there."""
     by_arm = [[t for t in result.tracks if t.arm == arm] for arm in (UNSTEERED, STEERED)]
     largest = max((row[0] for t in result.tracks for row in t.activations[1:]), default=0.0)
-    title = f"feature {result.experiment.track[0]}, at most {largest:.3g}"
-    return [
-        Columns([Panel(_colours(t, largest), title=f"{t.arm}: {title}", width=58) for t in pair])
-        for pair in zip(*by_arm, strict=True)
-    ]
+
+    def panel(t: Track) -> Panel:
+        title = f"{t.arm}: feature {t.features[0]}, at most {largest:.3g}"
+        return Panel(_colours(t, largest), title=title, width=58)
+
+    return [Columns([panel(t) for t in pair]) for pair in zip(*by_arm, strict=True)]
 
 
 def _colours(t: Track, largest: float) -> Text:
