@@ -12,6 +12,7 @@ import torch
 
 from mistudio.sae import SAEConfig
 from mistudio.train import TrainConfig, definition, initial_sae
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam
 from mistudio.train.sparse import SparseStep
 from mistudio.train.state import TrainState
@@ -86,7 +87,7 @@ def test_the_visit_is_the_definition_on_the_same_gpu():
         )
         residual, squares, row_l0 = bodies.reconstruct(code, parameters["b_dec"] - x, parameters["W_dec"], theta)
         numbers = (CFG.bandwidth, True, 2 / B, 0.0)
-        sums, d_b_dec, touched = bodies.visit(code, x, residual, parameters, theta, price, *numbers, adam, 1e-3)
+        sums, d_b_dec, touched = bodies.visit(Work(code, x, residual, parameters, theta, price, *numbers), adam, 1e-3)
         results.append((residual, squares, row_l0, sums, d_b_dec, touched, *parameters.values(), *adam.second.values()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

@@ -7,6 +7,7 @@ import torch
 
 from mistudio.sae.code import FeatureCode, pointers
 from mistudio.train import definition
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
 
 pytest.importorskip("numba")
@@ -66,14 +67,14 @@ class Case:
         x, residual, parameters, threshold, price = self.given()
         adam = self.adam(parameters)
         numbers = (BANDWIDTH, self.centred, self.scale, self.bonus)
-        out = engine.visit(self.code(), x, residual, parameters, threshold, price, *numbers, adam, LR)
+        out = engine.visit(Work(self.code(), x, residual, parameters, threshold, price, *numbers), adam, LR)
         return out, parameters, adam
 
     def row_gradients(self, engine):
         """(sums, d_b_dec, features, g_enc, g_dec)."""
         x, residual, parameters, threshold, price = self.given()
         numbers = (BANDWIDTH, self.centred, self.scale, self.bonus)
-        return engine.row_gradients(self.code(), x, residual, parameters, threshold, price, *numbers)
+        return engine.row_gradients(Work(self.code(), x, residual, parameters, threshold, price, *numbers))
 
     def dense(self):
         """(sums, d_b_dec, g_enc [F, D], g_dec [F, E]) by matrices [K·B, F] in float64."""

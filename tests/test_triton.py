@@ -18,6 +18,7 @@ from mistudio.errors import TrainError
 from mistudio.sae import SAEConfig
 from mistudio.sae.code import FeatureCode, pointers, select
 from mistudio.train import TrainConfig, definition, initial_sae, sparse
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam, normalise_rows_
 
 pytest.importorskip("triton", reason="triton is not installed (it is there for Linux)")
@@ -212,8 +213,8 @@ def step_by(bodies, case, how, centred, bonus):
     parameters, adam = case.weights()
     given = case.given(parameters, centred, bonus)
     if how == "visit":
-        return bodies.visit(*given, adam, 0.05), parameters, adam
-    sums, d_b_dec, features, g_enc, g_dec = bodies.row_gradients(*given)
+        return bodies.visit(Work(*given), adam, 0.05), parameters, adam
+    sums, d_b_dec, features, g_enc, g_dec = bodies.row_gradients(Work(*given))
     results = [t.clone() for t in (sums, d_b_dec, features, g_enc, g_dec)]
     bodies.apply_rows(features, g_enc, g_dec, parameters, adam, 0.05)
     return [*results, g_dec], parameters, adam
@@ -263,7 +264,7 @@ def test_a_batch_without_entries_is_a_step_that_changes_nothing():
                         pointers(torch.zeros(F, dtype=torch.int64, device=DEVICE)), B)  # fmt: skip
     parameters, adam = case.weights()
     given = (empty, *case.given(parameters, True)[1:])
-    sums, d_b_dec, touched = cuda.visit(*given, adam, 0.05)
+    sums, d_b_dec, touched = cuda.visit(Work(*given), adam, 0.05)
     assert not any(t.any() for t in (sums, d_b_dec, touched))
     assert torch.equal(parameters["W_dec"], case.W_dec)
     residual, squares, row_l0 = cuda.reconstruct(empty, case.start.clone(), case.W_dec, case.threshold)

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mistudio.sae.code import select
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam
 
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
@@ -81,8 +82,8 @@ def launches(D, E):
     code = select(x, W_enc.T, b_enc, b_enc - torch.inf, 0.1)
     adam, rest = Adam(parameters, 0.999, 1e-8), (b_enc, price, 0.1, D == E, 0.5, 0.0)
     cuda.reconstruct(code, y, W_dec, b_enc)
-    cuda.visit(code, x, y, parameters, *rest, adam, 1e-3)
-    *_, features, g_enc, g_dec = cuda.row_gradients(code, x, y, parameters, *rest)
+    cuda.visit(Work(code, x, y, parameters, *rest), adam, 1e-3)
+    *_, features, g_enc, g_dec = cuda.row_gradients(Work(code, x, y, parameters, *rest))
     cuda.apply_rows(features, g_enc, g_dec, parameters, adam, 1e-3)
     return list(found.values())
 

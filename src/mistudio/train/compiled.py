@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mistudio.sae.code import FeatureCode
 from mistudio.train import kernels
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam
 
 
@@ -22,60 +23,39 @@ def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tens
     return start, squares, row_l0
 
 
-def visit(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-    adam: Adam,
-    lr: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def visit(work: Work, adam: Adam, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     """`definition.visit`, without gradients in memory: a feature's live while its rows are in the cache."""
-    work = _Work(code, x, residual, parameters, threshold, price, (bandwidth / 2, scale, bonus), centred)
-    touched = torch.zeros(code.n_features, dtype=torch.bool)
+    batch = _Batch(work)
+    touched = torch.zeros(work.code.n_features, dtype=torch.bool)
     encoder, decoder, decay, numbers = _adam(adam, lr)
     marks = touched.numpy()
 
     def some(lo: int, hi: int) -> None:
-        kernels.visit(*work.given, encoder, decoder, decay, numbers, lo, hi, *work.out(lo), marks)
+        kernels.visit(*batch.given, encoder, decoder, decay, numbers, lo, hi, *batch.out(lo), marks)
 
-    kernels.in_ranges(some, code.n_features)
+    kernels.in_ranges(some, work.code.n_features)
     adam.mark(touched)
-    return work.sums, work.partial.sum(0), touched
+    return batch.sums, batch.partial.sum(0), touched
 
 
-def row_gradients(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`definition.row_gradients`."""
-    work = _Work(code, x, residual, parameters, threshold, price, (bandwidth / 2, scale, bonus), centred)
-    F = code.n_features
+    batch = _Batch(work)
+    F = work.code.n_features
     touched = torch.zeros(F, dtype=torch.bool)
-    kernels.in_ranges(lambda lo, hi: kernels.mark_active(*work.given[0], work.given[4], lo, hi, touched.numpy()), F)
+    kernels.in_ranges(lambda lo, hi: kernels.mark_active(*batch.given[0], batch.given[4], lo, hi, touched.numpy()), F)
     features, place = touched.nonzero().squeeze(1), (touched.cumsum(0) - 1).numpy()
-    g_enc, g_dec = x.new_empty(len(features), x.shape[1]), x.new_empty(len(features), residual.shape[1])
+    g_enc, g_dec = (
+        work.x.new_empty(len(features), work.x.shape[1]),
+        work.x.new_empty(len(features), work.residual.shape[1]),
+    )
     rows = (g_enc.numpy(), g_dec.numpy())
 
     def some(lo: int, hi: int) -> None:
-        kernels.row_gradients(*work.given, touched.numpy(), place, *rows, lo, hi, *work.out(lo))
+        kernels.row_gradients(*batch.given, touched.numpy(), place, *rows, lo, hi, *batch.out(lo))
 
     kernels.in_ranges(some, F)
-    return work.sums, work.partial.sum(0), features, g_enc, g_dec
+    return batch.sums, batch.partial.sum(0), features, g_enc, g_dec
 
 
 def apply_rows(
@@ -97,28 +77,19 @@ def _adam(adam: Adam, lr: float) -> tuple[Any, Any, np.ndarray, tuple[Any, ...]]
     return encoder, decoder, adam.row_decay().numpy(), numbers
 
 
-class _Work:
-    """A batch's gradients as the kernels take it, and where they leave sums."""
+class _Batch:
+    """A batch's gradients as the kernels take them, and where they leave sums."""
 
-    def __init__(
-        self,
-        code: FeatureCode,
-        x: Tensor,
-        residual: Tensor,
-        parameters: dict[str, Tensor],
-        threshold: Tensor,
-        price: Tensor,
-        numbers: tuple[float, float, float],
-        centred: bool,
-    ):
+    def __init__(self, work: Work):
+        code, x = work.code, work.x
         entries = tuple(t.numpy() for t in (code.values, code.rows, code.feature_ptr))
-        batch = (x.numpy(), residual.numpy())
-        W_enc = parameters["W_enc"].detach().T.numpy()
-        W_dec, b_dec = (parameters[name].detach().numpy() for name in ("W_dec", "b_dec"))
+        batch = (x.numpy(), work.residual.numpy())
+        W_enc = work.parameters["W_enc"].detach().T.numpy()
+        W_dec, b_dec = (work.parameters[name].detach().numpy() for name in ("W_dec", "b_dec"))
         real = batch[0].dtype.type
-        half, scale, bonus = (real(n) for n in numbers)
-        self.given = (entries, batch, W_enc, W_dec, threshold.detach().numpy(), price.numpy(), b_dec,
-                      (half, scale, bonus), centred)  # fmt: skip
+        numbers = tuple(real(n) for n in (work.bandwidth / 2, work.scale, work.bonus))
+        self.given = (entries, batch, W_enc, W_dec, work.threshold.detach().numpy(), work.price.numpy(), b_dec,
+                      numbers, work.centred)  # fmt: skip
         self.sums = x.new_zeros(code.n_features, 5)
         self.partial = x.new_zeros(-(-code.n_features // kernels.UNIT), x.shape[1])
         """Every range's part of d_b_dec: they are added in one order."""

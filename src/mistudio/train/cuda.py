@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mistudio.sae.code import FeatureCode
 from mistudio.train import triton_kernels as kernels
+from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam
 
 FUSION: dict[str, Any] = {"enable_fp_fusion": True}
@@ -70,53 +71,29 @@ def by_row(code: FeatureCode, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return sorted_features, sorted_values, before[::chunks].contiguous()
 
 
-def visit(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-    adam: Adam,
-    lr: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def visit(work: Work, adam: Adam, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     """`definition.visit`, without gradients in memory but for features that fire on very many rows."""
     state = _Moments(adam, lr)
-    work = _Work(code, x, residual, parameters, threshold, price, (bandwidth / 2, scale, bonus), centred)
-    with on_device(x.device):
-        work.launch(state, None)
-    touched = work.sums[:, 3] > 0
+    batch = _Batch(work)
+    with on_device(work.x.device):
+        batch.launch(state, None)
+    touched = batch.sums[:, 3] > 0
     adam.mark(touched)
-    return work.sums, work.d_b_dec(), touched
+    return batch.sums, batch.d_b_dec(), touched
 
 
-def row_gradients(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`definition.row_gradients`. Waits for the number of touched features."""
-    work = _Work(code, x, residual, parameters, threshold, price, (bandwidth / 2, scale, bonus), centred)
+    batch, code, x = _Batch(work), work.code, work.x
     owners = torch.searchsorted(code.feature_ptr, torch.arange(len(code.values), device=x.device), right=True) - 1
-    active = ~(code.values <= threshold[owners])
+    active = ~(code.values <= work.threshold[owners])
     ends = torch.cat((code.feature_ptr.new_zeros(1), active.cumsum(0)))[code.feature_ptr]
     touched = ends.diff() > 0
     features, place = touched.nonzero().squeeze(1), touched.cumsum(0) - 1
-    g_enc, g_dec = x.new_empty(len(features), x.shape[1]), x.new_empty(len(features), residual.shape[1])
-    with on_device(x.device):
-        work.launch(None, (place, g_enc, g_dec))
-    return work.sums, work.d_b_dec(), features, g_enc, g_dec
+    g_enc, g_dec = x.new_empty(len(features), x.shape[1]), x.new_empty(len(features), work.residual.shape[1])
+    with on_device(work.x.device):
+        batch.launch(None, (place, g_enc, g_dec))
+    return batch.sums, batch.d_b_dec(), features, g_enc, g_dec
 
 
 def apply_rows(
@@ -183,30 +160,22 @@ class _Shape:
         return {**self.blocks(), "K": min(16, max(1, at_once)), **limit}
 
 
-class _Work:
+class _Batch:
     """A batch's gradients as the kernels take them, and where they leave sums."""
 
-    def __init__(
-        self,
-        code: FeatureCode,
-        x: Tensor,
-        residual: Tensor,
-        parameters: dict[str, Tensor],
-        threshold: Tensor,
-        price: Tensor,
-        numbers: tuple[float, float, float],
-        centred: bool,
-    ):
-        self.code, self.centred, self.numbers = code, centred, tuple(float(n) for n in numbers)
+    def __init__(self, work: Work):
+        code, x, residual, parameters = work.code, work.x, work.residual, work.parameters
+        numbers = (work.bandwidth / 2, work.scale, work.bonus)
+        self.code, self.centred, self.numbers = code, work.centred, tuple(float(n) for n in numbers)
         self.batch = (x.contiguous(), residual.contiguous())
         self.W_enc, self.W_dec = _lines(parameters["W_enc"].T), _lines(parameters["W_dec"])
-        self.vectors = (parameters["b_dec"].detach(), threshold.detach().contiguous(), price.contiguous())
+        self.vectors = (parameters["b_dec"].detach(), work.threshold.detach().contiguous(), work.price.contiguous())
         self.shape = _Shape.of(x.shape[1], residual.shape[1])
         F = code.n_features
         self.group = _between(4, F / 4096, 32)
         """Features a program visits: their part of d_b_dec is one row."""
         self.sums = x.new_zeros(F, 5)
-        self.centre = x.new_empty(-(-F // self.group) if centred else 0, x.shape[1])
+        self.centre = x.new_empty(-(-F // self.group) if work.centred else 0, x.shape[1])
 
     def launch(self, state: _Moments | None, out: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """Gradients of all features: taken as a step of `state`, or written to `out` (place, g_enc, g_dec)."""

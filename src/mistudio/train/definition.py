@@ -6,6 +6,8 @@ other, and an entry in row r belongs to row r % B of x and to row r of the resid
 from another reconstruction than its neighbour's (Matryoshka prefixes), or an entry from an auxiliary one.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,28 @@ from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
 
 ENTRIES = 1 << 12
 """Entries whose rows [entries, D] are gathered at once."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch's gradients are made of; `row_gradients` says how."""
+
+    code: FeatureCode
+    """The entries, in the rows of their planes."""
+    x: Tensor
+    """[B, D]."""
+    residual: Tensor
+    """[K·B, E], K planes."""
+    parameters: dict[str, Tensor]
+    threshold: Tensor
+    """[F]: an entry is active if it is not at or below it."""
+    price: Tensor
+    """[B]."""
+    bandwidth: float
+    centred: bool
+    """Whether the encoder reads x - b_dec."""
+    scale: float
+    bonus: float
 
 
 def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,43 +53,17 @@ def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tens
     return start, start.square().sum(1), row_l0
 
 
-def visit(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-    adam: Adam,
-    lr: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def visit(work: Work, adam: Adam, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     """(sums [F, 5], d_b_dec [D], touched [F]) of `row_gradients`, whose rows take their step by `apply_rows`.
 
     Memory: the gradients of touched rows; the kernel has none.
     """
-    sums, d_b_dec, features, g_enc, g_dec = row_gradients(
-        code, x, residual, parameters, threshold, price, bandwidth, centred, scale, bonus
-    )
-    apply_rows(features, g_enc, g_dec, parameters, adam, lr)
+    sums, d_b_dec, features, g_enc, g_dec = row_gradients(work)
+    apply_rows(features, g_enc, g_dec, work.parameters, adam, lr)
     return sums, d_b_dec, sums[:, 3] > 0
 
 
-def row_gradients(
-    code: FeatureCode,
-    x: Tensor,
-    residual: Tensor,
-    parameters: dict[str, Tensor],
-    threshold: Tensor,
-    price: Tensor,
-    bandwidth: float,
-    centred: bool,
-    scale: float,
-    bonus: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sums [F, 5], d_b_dec [D], features [n] int64, g_enc [n, D], g_dec [n, E]), the last three of touched features.
 
     x [B, D], residual [K·B, E], price [B]; an entry (r, j) has row b = r % B of x, and
@@ -80,12 +78,13 @@ def row_gradients(
 
     where b_dec enters only if the encoder is centred (then D = E), and d_b_dec is 0 if not.
     """
-    W_enc, W_dec = parameters["W_enc"], parameters["W_dec"]
+    code, x, residual, price, threshold = work.code, work.x, work.residual, work.price, work.threshold
+    W_enc, W_dec = work.parameters["W_enc"], work.parameters["W_dec"]
     sums = W_dec.new_zeros(code.n_features, 5)
     for rows, features, z in _pieces(code):
         theta = threshold[features]
-        d_f = scale * (residual[rows] * W_dec[features]).sum(1) + bonus
-        active, window = ~(z <= theta), (z - theta).abs() < bandwidth / 2
+        d_f = work.scale * (residual[rows] * W_dec[features]).sum(1) + work.bonus
+        active, window = ~(z <= theta), (z - theta).abs() < work.bandwidth / 2
         columns = (active * d_f, window * d_f, window * price[rows % len(x)], active.to(z.dtype), window.to(z.dtype))
         sums.index_add_(0, features, torch.stack(columns, 1))
     touched = sums[:, 3] > 0
@@ -94,12 +93,12 @@ def row_gradients(
     for rows, features, z in _pieces(code):
         active = ~(z <= threshold[features])
         rows, features, z = rows[active], features[active], z[active]
-        d_f = scale * (residual[rows] * W_dec[features]).sum(1) + bonus
-        g_dec.index_add_(0, place[features], scale * z[:, None] * residual[rows])
+        d_f = work.scale * (residual[rows] * W_dec[features]).sum(1) + work.bonus
+        g_dec.index_add_(0, place[features], work.scale * z[:, None] * residual[rows])
         g_enc.index_add_(0, place[features], d_f[:, None] * x[rows % len(x)])
     d_b_dec = x.new_zeros(x.shape[1])
-    if centred:
-        g_enc.addr_(sums[chosen, 0], parameters["b_dec"], alpha=-1)
+    if work.centred:
+        g_enc.addr_(sums[chosen, 0], work.parameters["b_dec"], alpha=-1)
         d_b_dec = W_enc @ sums[:, 0]
     return sums, d_b_dec, chosen, g_enc, g_dec
 

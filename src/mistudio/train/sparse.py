@@ -32,6 +32,7 @@ from mistudio.mesh import SOLO, Mesh
 from mistudio.sae.code import FeatureCode, select
 from mistudio.train import definition
 from mistudio.train.config import TrainConfig
+from mistudio.train.definition import Work
 from mistudio.train.loss import Terms
 from mistudio.train.objectives import Trainable, objective_of
 from mistudio.train.objectives.auxk import merged, spread
@@ -175,12 +176,12 @@ class SparseStep:
         p = {name: parameter.detach() for name, parameter in self.sae.named_parameters()}
         price, scale = row_price(done.row_l0, rows, cfg), 2 / rows
         bonus = weight * self.objective.bonus(rows)
-        given = (done.code, x, done.planes, p, level, price, self.bandwidth, centred, scale, bonus)
+        work = Work(done.code, x, done.planes, p, level, price, self.bandwidth, centred, scale, bonus)
         if cfg.clip_norm is None and self.mesh.rows == 1:
-            sums, d_centre, touched = self.visit(*given, self.adam, lr)
+            sums, d_centre, touched = self.visit(work, self.adam, lr)
             self.adam.update(self._vector_gradients(done, x, sums, d_centre, threshold, weight), lr)
             return sums, touched
-        sums, d_centre, features, g_enc, g_dec = self._over_replicas(*self.row_gradients(*given))
+        sums, d_centre, features, g_enc, g_dec = self._over_replicas(*self.row_gradients(work))
         vectors = self._vector_gradients(done, x, sums, d_centre, threshold, weight)
         if cfg.clip_norm is None:
             self.apply_rows(features, g_enc, g_dec, p, self.adam, lr)
