@@ -21,7 +21,7 @@ from mistudio.train.objectives import Trainable, objective_of
 from mistudio.train.objectives.matryoshka import groups, suffix_sums_
 from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.transcoder import base_of, has_skip
-from mistudio.train.optimizer import Adam
+from mistudio.train.optimizer import Adam, touched
 
 
 @torch.no_grad()
@@ -119,6 +119,9 @@ class _BlockedStep:
                     d_centre += W_enc[:, block] @ self.d_z_sum[block]
                     d_enc.addr_(self.d_z_sum[block], self.p["b_dec"], alpha=-1)
                 features = torch.arange(block.start, block.stop, device=self.x.device)
+                if adam.first:
+                    some = touched(d_enc, d_dec)
+                    features, d_enc, d_dec = features[some], d_enc[some], d_dec[some]
                 apply_rows(features, d_enc, d_dec, self.p, adam, lr)
         d_b_dec = mesh.sum_rows(d_b_dec) - mesh.sum_features(d_centre)
         if self.cfg.trains_threshold:

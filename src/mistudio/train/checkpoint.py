@@ -7,7 +7,7 @@
                                      written when all of them are there, so that it means "whole"
     sae.json, sae.safetensors        the SAE in released form, when the run is finished
 
-A checkpoint holds the weights, Adam's second moments and up to which step each feature's have decayed, how long each
+A checkpoint holds the weights, Adam's moments and up to which step the second ones have decayed, how long each
 feature was silent, the entries of the last batch, the sums of the metrics line that is being gathered, the running mean
 of the loss, and in its header the step and the position in the data. Schedules are functions of the step, and the draws
 of resampling of seed and step, so nothing else is needed. What is not finite is never written (`watch`). A run may go

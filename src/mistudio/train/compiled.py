@@ -70,11 +70,17 @@ def apply_rows(
 
 def _adam(adam: Adam, lr: float) -> tuple[Any, Any, np.ndarray, tuple[Any, ...]]:
     """(encoder, decoder, decay, numbers) of `kernels.visit`: both weights' rows with their moments, and Adam's step."""
-    encoder, decoder = (tuple(t.numpy() for t in adam.rows(name)) for name in ("W_enc", "W_dec"))
-    correction = math.sqrt(1 - adam.beta2 ** (adam.steps + 1))
+    encoder, decoder = (_rows(adam, name) for name in ("W_enc", "W_dec"))
+    correction, unbias = math.sqrt(1 - adam.beta2 ** (adam.steps + 1)), 1 - adam.beta1 ** (adam.steps + 1)
     real = decoder[0].dtype.type
-    numbers = tuple(real(n) for n in (lr, 1 - adam.beta2, correction, adam.eps))
+    numbers = tuple(real(n) for n in (lr / unbias, 1 - adam.beta2, correction, adam.eps, adam.beta1))
     return encoder, decoder, adam.row_decay().numpy(), numbers
+
+
+def _rows(adam: Adam, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A parameter's rows, their second moments and their first; without first moments a row that is not used."""
+    (rows, second), first = adam.rows(name), adam.first_rows(name)
+    return rows.numpy(), second.numpy(), (rows.new_empty(1, 1) if first is None else first).numpy()
 
 
 class _Batch:

@@ -71,8 +71,11 @@ class TrainConfig:
     vector_lr: float = 1.0
     """The learning rate of b_enc, theta and b_dec as a part of lr. Where E|x|^2 = 1 they are small numbers, and below 1
     a high lr lets the weights learn fast while thresholds stay quiet. Gemma Scope's lr is low, and this 1."""
+    beta1: float = 0.0
+    """Adam's decay of the gradient. 0: no first moment, which saves a third of the optimiser's memory. Above, rows of
+    features that did not fire in a batch keep weights and moments as they are (torch.optim.SparseAdam)."""
     beta2: float = 0.999
-    """Adam's decay of the squared gradient. There is no first moment: beta1 is 0."""
+    """Adam's decay of the squared gradient."""
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     clip_norm: float | None = None
@@ -88,12 +91,17 @@ class TrainConfig:
     bandwidth: float = 0.001
     """Width of the kernel window around a threshold (epsilon), where E|x|^2 = 1."""
     threshold_init: float = 0.001
-    """Every threshold at the start, where E|x|^2 = 1."""
+    """Every threshold at the start, where E|x|^2 = 1; not used with start_factor."""
+    start_factor: float | None = None
+    """jumprelu with a target: thresholds start where, on rows that point anywhere (E|x|^2 = 1), this times target_l0
+    features would be on, whatever the width. None: at threshold_init."""
     log_threshold: bool = True
     """Train the logarithm of the threshold. A step of Adam then moves a threshold by at most lr of itself, so a short
     run hardly moves it. The raw threshold is kept at or above half the bandwidth."""
     pre_encoder_bias: bool = True
     """The encoder reads x - b_dec during training."""
+    encoder_init: float = 1.0
+    """W_enc starts as this times the transpose of W_dec, whose rows have norm 1."""
     b_dec_init: Literal["zero", "mean"] = "zero"
     """Where b_dec starts. mean: the mean given to train(), or else that of the first batch."""
     seed: int = 0
@@ -150,6 +158,8 @@ class TrainConfig:
             _check(name, size, 0 <= size < math.inf, "a number of at least 0")
         _check("frequency_limit", self.frequency_limit, 0 < self.frequency_limit < 1, "between 0 and 1")
         _check("lr_decay_fraction", self.lr_decay_fraction, 0 <= self.lr_decay_fraction <= 1, "between 0 and 1")
+        _check("beta1", self.beta1, 0 <= self.beta1 < 1, "at least 0 and below 1")
+        _check("encoder_init", self.encoder_init, 0 < self.encoder_init < math.inf, "a positive number")
         _check("beta2", self.beta2, 0 < self.beta2 < 1, "between 0 and 1")
         self._check_choices()
         self._check_target()
@@ -172,6 +182,10 @@ class TrainConfig:
             if number is not None:
                 _check(name, number, number >= 1, "at least 1")
         _check("aux_weight", self.aux_weight, 0 < self.aux_weight < math.inf, "a positive number")
+        if self.start_factor is not None:
+            _check("start_factor", self.start_factor, 0 < self.start_factor < math.inf, "a positive number")
+            if self.target_l0 is None or not self.trains_threshold:
+                raise ConfigError("start_factor multiplies the target_l0 of jumprelu, and there is none; leave it out")
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, 0 < self.clip_norm < math.inf, "a positive number")
         ends = (0.0, *self.prefixes, 1.0)

@@ -104,7 +104,8 @@ def apply_rows(
         state, shape = _Moments(adam, lr), _Shape.of(g_enc.shape[1], g_dec.shape[1])
         with on_device(g_enc.device):
             kernels.apply_rows[(len(features),)](
-                features, g_enc, g_dec, *state.rows, state.decay, shape.D, shape.E, *state.numbers, **shape.blocks(),
+                features, g_enc, g_dec, *state.rows, state.decay, shape.D, shape.E, *state.numbers,
+                MOMENTUM=state.momentum, **shape.blocks(),
             )  # fmt: skip
     adam.mark(features)
 
@@ -122,13 +123,20 @@ def _lines(rows: Tensor) -> Tensor:
 
 
 class _Moments:
-    """What Adam's step takes: (W_enc, v_enc, W_dec, v_dec) with features first, their decay, and numbers."""
+    """What Adam's step takes: (W_enc, v_enc, m_enc, W_dec, v_dec, m_dec) with features first, their decay, and numbers.
+    Without momentum a first moment is any memory."""
 
     def __init__(self, adam: Adam, lr: float):
-        self.rows = [_lines(t) for name in ("W_enc", "W_dec") for t in adam.rows(name)]
+        self.momentum = adam.beta1 > 0
+        self.rows = [_lines(t) for name in ("W_enc", "W_dec") for t in self._of(adam, name)]
         self.decay = adam.row_decay()
-        correction = math.sqrt(1 - adam.beta2 ** (adam.steps + 1))
-        self.numbers = (float(lr), 1 - adam.beta2, correction, float(adam.eps))
+        correction, unbias = math.sqrt(1 - adam.beta2 ** (adam.steps + 1)), 1 - adam.beta1 ** (adam.steps + 1)
+        self.numbers = (float(lr) / unbias, 1 - adam.beta2, correction, float(adam.eps), float(adam.beta1))
+
+    @staticmethod
+    def _of(adam: Adam, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        (rows, second), first = adam.rows(name), adam.first_rows(name)
+        return rows, second, second if first is None else first
 
 
 @dataclass(frozen=True)
@@ -182,13 +190,14 @@ class _Batch:
         code, (x, residual), (b_dec, threshold, price) = self.code, self.batch, self.vectors
         sizes = (code.n_features, len(x), self.shape.D, self.shape.E)
         part_ptr, parts = self._parts(sizes)
-        rows = state.rows if state else [self.W_enc, self.W_enc, self.W_dec, self.W_dec]
+        rows = state.rows if state else [self.W_enc] * 3 + [self.W_dec] * 3
         place, g_enc, g_dec = out or (part_ptr, self.sums, self.sums)
-        decay, adam = (state.decay, state.numbers) if state else (self.sums, (0.0, 0.0, 0.0, 0.0))
+        decay, adam = (state.decay, state.numbers) if state else (self.sums, (0.0,) * 5)
         kernels.visit[(-(-code.n_features // self.group),)](
             code.values, code.rows, code.feature_ptr, part_ptr, *parts, x, residual, *rows, b_dec, threshold, price,
             decay, place, g_enc, g_dec, self.sums, self.centre, *sizes, *self.numbers, *adam,
-            STEP=state is not None, CENTRED=self.centred, GROUP=self.group, **self.shape.entries(),
+            STEP=state is not None, MOMENTUM=state is not None and state.momentum,
+            CENTRED=self.centred, GROUP=self.group, **self.shape.entries(),
         )  # fmt: skip
 
     def d_b_dec(self) -> Tensor:

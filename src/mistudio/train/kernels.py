@@ -138,7 +138,8 @@ def visit(
     """One visit to the features [lo, hi): their gradients, and Adam's update of their rows of W_enc and W_dec.
 
     code: values, rows, feature_ptr. batch: x, residual. numbers: half window, scale, bonus. encoder, decoder: rows and
-    their second moments. decay: what a row's second moment is multiplied by. step: lr, 1 - β₂, √(1 - β₂ᵗ), Adam's ε.
+    their two moments. decay: what a row's second moment is multiplied by. step: lr / (1 - β₁ᵗ), 1 - β₂, √(1 - β₂ᵗ),
+    Adam's ε, β₁; where that is 0 there are no first moments.
     sums: of each feature, Σ d_f, Σ d_f over the window, Σ price over the window, how often it fired, how often it was
     in the window. d_b_dec: Σ d_f·W_enc over the range. touched: whether a feature's rows were updated.
     """
@@ -218,22 +219,27 @@ def _gradients(
 @compiled()
 def _update(encoder, decoder, decay, step, j, g_enc, g_dec):
     """Adam's update of feature j's rows; g_dec loses its part along the decoder row, which is renormalised."""
-    W_enc, v_enc = encoder
-    W_dec, v_dec = decoder
+    W_enc, v_enc, m_enc = encoder
+    W_dec, v_dec, m_dec = decoder
     w_dec = W_dec[j]
     along = dot(g_dec, w_dec) / dot(w_dec, w_dec)
     for d in range(w_dec.size):
         g_dec[d] -= along * w_dec[d]
-    _adam(W_enc[j], v_enc[j], g_enc, decay, step)
-    _adam(w_dec, v_dec[j], g_dec, decay, step)
+    _adam(W_enc[j], v_enc[j], m_enc[j % len(m_enc)], g_enc, decay, step)
+    _adam(w_dec, v_dec[j], m_dec[j % len(m_dec)], g_dec, decay, step)
     norm = np.sqrt(dot(w_dec, w_dec))
     for d in range(w_dec.size):
         w_dec[d] /= norm
 
 
 @compiled(inline="always")
-def _adam(p, second, g, decay, step):
-    lr, fresh, correction, eps = step
+def _adam(p, second, first, g, decay, step):
+    lr, fresh, correction, eps, beta1 = step
     for d in range(p.size):
         second[d] = second[d] * decay + fresh * g[d] * g[d]
+    if beta1 > 0:
+        for d in range(p.size):
+            first[d] = first[d] * beta1 + (1 - beta1) * g[d]
+            g[d] = first[d]
+    for d in range(p.size):
         p[d] -= lr * g[d] / (np.sqrt(second[d]) / correction + eps)

@@ -1,6 +1,6 @@
 """How much memory a run takes, counted before it starts, and what would fit where it is too little.
 
-    weights and second moments    4 bytes a number each; there is no first moment
+    weights and second moments    4 bytes a number each; first moments only where beta1 > 0
     the screen's copy             2 bytes a number of W_enc, for the sparse step on a GPU; a CPU rounds block by block
     a dense step                  gradients of W_enc and W_dec, 4 bytes a number, and about six matrices [b, F] of the b
                                   rows that it works on at once (`micro_rows`), or all that of some features at a time
@@ -42,6 +42,8 @@ def training_bytes(config: SAEConfig, cfg: TrainConfig, device: torch.device) ->
         E, skip = config.d_out, config.d_model * config.d_out * config.skip
     matrices, vectors = (D + E) * F, 2 * F + E + skip
     found = {"weights": 4 * (matrices + vectors), "second moments": 4 * (matrices + vectors)}
+    if cfg.beta1 > 0:
+        found["first moments"] = found["second moments"]
     sparse = cfg.engine == "sparse" or (cfg.engine == "auto" and device.type in ("cpu", "cuda"))
     if sparse and device.type == "cuda":
         found["the encoder's rounded copy"] = 2 * D * F

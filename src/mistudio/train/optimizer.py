@@ -1,12 +1,16 @@
-"""Adam without a first moment (β₁ = 0), dense or row by row, and the constraint that decoder rows have norm 1.
+"""Adam, dense or row by row, and the constraint that decoder rows have norm 1.
 
 Gemma Scope uses β = (0, 0.999); dropping the first moment then saves a third of the optimiser's memory. The arithmetic
 is `torch.optim.Adam`'s (a test compares them), in the parameters' dtype, float32.
 
 It has a second use. Where a row's gradient is 0, so is its update, and its second moment only decays: so a row may be
 left alone until it is touched again, after n steps, and then its moment be multiplied by β₂ⁿ. That is the same
-algorithm, not an approximation (β₁ > 0 or weight decay would end that). `row_steps` says up to which step each row has
-decayed; a dense update first brings all rows up to date.
+algorithm, not an approximation. `row_steps` says up to which step each row has decayed; a dense update first brings all
+rows up to date.
+
+With β₁ > 0 a row would move on without a gradient. There, as in `torch.optim.SparseAdam`, a step leaves the weights and
+both moments of a row without a gradient as they are, whichever way the step is computed (a test compares them). The
+corrections for moments that began at 0 go by the number of all steps.
 """
 
 import math
@@ -28,12 +32,16 @@ PIECE_NUMBERS = 1 << 24
 
 
 class Adam:
-    """p ← p - lr · g / (√(v / (1 - β₂ᵗ)) + eps) with v ← β₂·v + (1 - β₂)·g²."""
+    """p ← p - lr · m / (1 - β₁ᵗ) / (√(v / (1 - β₂ᵗ)) + eps) with m ← β₁·m + (1 - β₁)·g and v ← β₂·v + (1 - β₂)·g²."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], beta2: float, eps: float, vector_lr: float = 1.0):
+    def __init__(
+        self, parameters: Mapping[str, Tensor], beta2: float, eps: float, vector_lr: float = 1.0, beta1: float = 0.0
+    ):
         """`vector_lr`: what the learning rate of parameters with one axis is multiplied by."""
-        self.parameters, self.beta2, self.eps, self.vector_lr = parameters, beta2, eps, vector_lr
+        self.parameters, self.beta2, self.eps, self.vector_lr, self.beta1 = parameters, beta2, eps, vector_lr, beta1
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.first = {name: torch.zeros_like(p) for name, p in parameters.items()} if beta1 > 0 else {}
+        """Empty where β₁ = 0: the first moment is then the gradient."""
         self.steps = 0
         by_feature = [p.shape[FEATURE_AXIS[name]] for name, p in parameters.items() if name in FEATURE_AXIS]
         device = next(iter(parameters.values())).device
@@ -46,25 +54,47 @@ class Adam:
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of the parameters in `gradients`, in place; rows by feature that are not in it keep their clock."""
         if set(gradients) & set(FEATURE_AXIS):
-            self.catch_up()
-            self.row_steps += 1
+            if self.first:
+                self._update_touched(gradients, lr)
+                gradients = {name: g for name, g in gradients.items() if name not in FEATURE_AXIS}
+            else:
+                self.catch_up()
+                self.row_steps += 1
         self.steps += 1
-        correction = math.sqrt(1 - self.beta2**self.steps)
+        correction, unbias = math.sqrt(1 - self.beta2**self.steps), 1 - self.beta1**self.steps
         for name, gradient in gradients.items():
-            whole = (self.parameters[name].detach(), self.second[name], gradient)
-            step = lr if gradient.ndim > 1 else lr * self.vector_lr
-            for p, v, g in _pieces(FEATURE_AXIS.get(name, 0), *whole):
+            whole = [self.parameters[name].detach(), self.second[name], gradient]
+            step = (lr if gradient.ndim > 1 else lr * self.vector_lr) / unbias
+            if self.first:
+                whole.append(self.first[name])
+            for p, v, g, *m in _pieces(FEATURE_AXIS.get(name, 0), *whole):
                 v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                p.addcdiv_(g, v.sqrt().div_(correction).add_(self.eps), value=-step)
+                moved = m[0].lerp_(g, 1 - self.beta1) if m else g
+                p.addcdiv_(moved, v.sqrt().div_(correction).add_(self.eps), value=-step)
+
+    def _update_touched(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        """`update_rows` of the rows whose gradient is not 0."""
+        by_row = {name: gradients[name].movedim(axis, 0) for name, axis in FEATURE_AXIS.items()}
+        features = touched(*by_row.values())
+        width = sum(g.shape[1] for g in by_row.values())
+        for some in features.split(max(1, PIECE_NUMBERS // width)):
+            self.update_rows(some, {name: g[some] for name, g in by_row.items()}, lr)
 
     def rows(self, name: str) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
         """A parameter and its second moment with features first: views."""
         axis = FEATURE_AXIS[name]
         return self.parameters[name].detach().movedim(axis, 0), self.second[name].movedim(axis, 0)
 
+    def first_rows(self, name: str) -> Float[Tensor, "F D"] | None:
+        """The first moment with features first, a view; None where β₁ = 0."""
+        return self.first[name].movedim(FEATURE_AXIS[name], 0) if self.first else None
+
     def row_decay(self) -> Float[Tensor, " F"]:
-        """β₂ⁿ of every feature, n = the coming step less row_steps; in the parameters' dtype, computed in float64."""
+        """β₂ⁿ of every feature, n = the coming step less row_steps, or 1 where β₁ > 0; in the parameters' dtype,
+        computed in float64."""
         dtype = next(iter(self.parameters.values())).dtype
+        if self.first:
+            return torch.full(self.row_steps.shape, self.beta2, dtype=dtype, device=self.row_steps.device)
         return (self.beta2 ** (self.steps + 1 - self.row_steps).double()).to(dtype)
 
     @torch.no_grad()
@@ -72,15 +102,21 @@ class Adam:
         """The coming step of the rows of these features, in place, before `update` takes it for the vectors; gradients
         [n, D] or [n, E] in their order."""
         decay, correction = self.row_decay()[features, None], math.sqrt(1 - self.beta2 ** (self.steps + 1))
+        unbias = 1 - self.beta1 ** (self.steps + 1)
         for name, g in gradients.items():
-            p, v = self.rows(name)
+            (p, v), m = self.rows(name), self.first_rows(name)
             second = (v[features] * decay).addcmul_(g, g, value=1 - self.beta2)
             v[features] = second
-            p[features] = p[features].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr)
+            if m is not None:
+                g = m[features].lerp_(g, 1 - self.beta1)
+                m[features] = g
+            p[features] = p[features].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr / unbias)
         self.mark(features)
 
     def mark(self, features: Int[Tensor, " n"] | Bool[Tensor, " F"]) -> None:
         """The rows of these features have taken the coming step."""
+        if self.first:
+            return
         self.row_steps[features] = self.steps + 1
         self.behind = True
 
@@ -95,6 +131,11 @@ class Adam:
             v.mul_(factor.to(v.dtype)[:, None])
         self.row_steps.fill_(self.steps)
         self.behind = False
+
+
+def touched(*gradients: Float[Tensor, "F _"]) -> Int[Tensor, " n"]:
+    """The features with a gradient, given with features first, that is not 0."""
+    return torch.stack([(g != 0).any(1) for g in gradients]).any(0).nonzero().squeeze(1)
 
 
 @torch.no_grad()

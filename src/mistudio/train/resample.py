@@ -12,7 +12,7 @@ of the current batch, drawn with probability ∝ (‖y - x̂‖²)², and starts
   least value that its row kept). With b_enc = 0 about half of all rows
   would be above a threshold near 0 (L0 and loss would leap, and the penalty would kill it again); with its own row
   below the threshold it would have no gradient there and might stay dead;
-- a trained threshold is what it was at the start (threshold_init);
+- a trained threshold is what it was at the start (`first_threshold`);
 - Adam's second moments become the mean of the live features'. At 0, the first update would be 1/√(1-β₂) = 32 lr in
   every coordinate, since bias correction counts the steps of the run: that is more than the whole encoder row.
 
@@ -34,6 +34,7 @@ from mistudio.train.config import TrainConfig
 from mistudio.train.objectives import Trainable, objective_of
 from mistudio.train.objectives.transcoder import base_of
 from mistudio.train.optimizer import FEATURE_AXIS, Adam
+from mistudio.train.start import first_threshold
 
 ENCODER_PART = 0.2
 """Length of a new encoder row, as a part of the live features' mean (Anthropic's number)."""
@@ -97,17 +98,18 @@ def resample(
     features = features[: len(rows)]
     live = silent_rows < cfg.dead_after_rows
     norms = sae.W_enc.detach().norm(dim=0)
+    first = first_threshold(sae.config, cfg) if cfg.trains_threshold else 0.0
     new = new_features(
         x - sae.b_dec if sae.config.pre_encoder_bias else x,
         found.residual,
         rows,
         same_space=x is y,
         norm=ENCODER_PART * (float(norms[live].mean()) if bool(live.any()) else 1.0),
-        levels=_levels(found, rows, cfg),
+        levels=_levels(found, rows, first, cfg),
         firing_rows=max(1, round(float(found.l0) * len(x) / len(live))),
     )
-    start = math.log(cfg.threshold_init) if cfg.log_threshold else cfg.threshold_init
-    restart(features, new, dict(sae.named_parameters()), adam, live, start if cfg.trains_threshold else None)
+    theta = (math.log(first) if cfg.log_threshold else first) if cfg.trains_threshold else None
+    restart(features, new, dict(sae.named_parameters()), adam, live, theta)
     silent_rows[features] = 0
     return len(features)
 
@@ -130,13 +132,13 @@ def left_over(sae: Trainable, x: Float[Tensor, "B D"], y: Float[Tensor, "B E"], 
     return LeftOver(torch.cat(residual), torch.cat(least), torch.cat(l0).mean())
 
 
-def _levels(found: LeftOver, rows: Int64[Tensor, " n"], cfg: TrainConfig) -> Float[Tensor, " n"]:
-    """The z at which a feature that stands for each of these rows is on."""
+def _levels(found: LeftOver, rows: Int64[Tensor, " n"], first: float, cfg: TrainConfig) -> Float[Tensor, " n"]:
+    """The z at which a feature that stands for each of these rows is on; first: the threshold it starts with."""
     least = found.least[rows]
     if cfg.selects:
         fewest = found.least.min()
         return ABOVE * torch.where(least.isfinite(), least, torch.where(fewest.isfinite(), fewest, 0.0))
-    return torch.full_like(least, cfg.bandwidth / 2 + (cfg.threshold_init if cfg.trains_threshold else 0.0))
+    return torch.full_like(least, cfg.bandwidth / 2 + first)
 
 
 def generator_at(seed: int, step: int) -> torch.Generator:
@@ -210,6 +212,8 @@ def restart(
     for name in ("W_enc", "W_dec", "b_enc", "theta"):
         moments = adam.rows(name)[1] if name in FEATURE_AXIS else adam.second[name]
         moments[features] = live_mean(moments, live)
+        if adam.first:
+            adam.first[name].movedim(FEATURE_AXIS.get(name, 0), 0)[features] = 0
 
 
 def live_mean(values: Tensor, live: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ thresholds and biases, and Adam's update then run over these. It is the same ste
 
 - d_f is needed at entries only: dz is 0 where a feature is off, and θ's gradient is 0 outside the window;
 - the gradient of b_dec through the pre-encoder bias is Σ_j (Σ_b dz_bj)·W_enc[j], a matrix times a vector;
-- rows of features that did not fire have gradient 0, and Adam with β₁ = 0 leaves them where they are (`optimizer`);
+- rows of features that did not fire have gradient 0, and Adam leaves them where they are (`optimizer`);
 - b_enc, θ and b_dec are vectors and take a dense update, as does a transcoder's W_skip, which has D·E numbers.
 
 The penalties reach thresholds through the price of a row at the entries in the window (`objectives.penalty`), so they

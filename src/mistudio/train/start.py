@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from statistics import NormalDist
 from typing import Any, overload
 
 import torch
@@ -40,13 +41,27 @@ def initial_sae(config: SAEConfig, cfg: TrainConfig, mesh: Mesh = SOLO) -> Train
     the width does not divide over the processes.
     """
     part = mesh.part(config.d_sae)
-    config, threshold = training_form(config, cfg), cfg.threshold_init if cfg.trains_threshold else 0.0
+    threshold = first_threshold(config, cfg) if cfg.trains_threshold else 0.0
+    config = training_form(config, cfg)
     if isinstance(config, TranscoderConfig):
         weights = initial_transcoder_weights(config, seed=cfg.seed, threshold=threshold, part=part)
     else:
         weights = initial_weights(config, seed=cfg.seed, threshold=threshold, part=part)
+    weights["W_enc"] *= cfg.encoder_init
     config = dataclasses.replace(config, d_sae=part.stop - part.start)
     return Transcoder(config, weights) if isinstance(config, TranscoderConfig) else JumpReLUSAE(config, weights)
+
+
+def first_threshold(config: SAEConfig, cfg: TrainConfig) -> float:
+    """Every threshold at the start; `config` is of the whole SAE.
+
+    With start_factor: a row x with E‖x‖² = 1 that points anywhere has z = x·w ~ N(0, ‖w‖²/D), so a share p of features
+    is on above ‖w‖/√D times the quantile 1 - p of the normal distribution. At least half the bandwidth.
+    """
+    if cfg.start_factor is None or cfg.target_l0 is None:
+        return cfg.threshold_init
+    quantile = NormalDist().inv_cdf(1 - min(0.5, cfg.start_factor * cfg.target_l0 / config.d_sae))
+    return max(cfg.bandwidth / 2, cfg.encoder_init / math.sqrt(config.d_model) * quantile)
 
 
 def training_form(config: SAEConfig, cfg: TrainConfig) -> SAEConfig:

@@ -26,6 +26,7 @@ from mistudio.train.optimizer import SHARED, Adam, clip_factor, normalise_rows_,
 from mistudio.train.resample import due, resample
 from mistudio.train.schedules import lr_at, sparsity_weight_at
 from mistudio.train.sparse import SparseStep, kernels_are_there, numba_is_there, pays
+from mistudio.train.start import first_threshold, whole_config
 from mistudio.train.watch import Watch
 
 
@@ -45,7 +46,7 @@ class TrainState:
         compiled = may_be_sparse and kernels_are_there(device)
         if may_be_sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-        self.adam = Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps, cfg.vector_lr)
+        self.adam = Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps, cfg.vector_lr, cfg.beta1)
         self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if may_be_sparse else None
         in_a_row = sae.config.d_sae * mesh.features if cfg.k is None else min(cfg.k, sae.config.d_sae)
         self.entries = torch.full((), in_a_row * cfg.batch_rows, dtype=torch.float64, device=device)
@@ -113,6 +114,7 @@ class TrainState:
         this state is not used any more."""
         self.sparse = None
         self.adam.second.clear()
+        self.adam.first.clear()
         self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
 
     def finished(self) -> SAE:
@@ -126,7 +128,7 @@ class TrainState:
 
     def _count(self, y: Tensor, terms: Terms, is_sparse: bool) -> None:
         mean = self.mesh.mean_rows(y.mean(0))
-        variance = self.mesh.mean_rows((y - mean).square().sum(1).mean())
+        variance = self.mesh.mean_rows(torch.linalg.vector_norm(y - mean, dim=1).square().mean())
         batch = torch.stack((terms.loss, terms.mse, variance, terms.l0, torch.ones_like(variance))).double()
         self.sums += batch
         self.entries.copy_(terms.entries)
@@ -144,7 +146,8 @@ class TrainState:
 
     def measured(self) -> Measured:
         """What tells failures to train apart, of this process's features. Synchronises."""
-        moved = (self.sae.threshold.detach() / self.cfg.threshold_init - 1).abs().median()
+        first = first_threshold(whole_config(self.sae.config, self.mesh), self.cfg)
+        moved = (self.sae.threshold.detach() / first - 1).abs().median()
         window = (self.entries - self.active) / self.active.clamp(min=1)
         return Measured(float(moved), float(window))
 
@@ -179,6 +182,7 @@ class TrainState:
         """Every tensor a checkpoint needs, by name."""
         named = {f"sae.{name}": p.detach() for name, p in self.sae.named_parameters()}
         named |= {f"adam.{name}": v for name, v in self.adam.second.items()}
+        named |= {f"adam.first.{name}": m for name, m in self.adam.first.items()}
         named |= {"adam.row_steps": self.adam.row_steps, "entries": self.entries}
         named |= {"resampled": self.resampled, "loss_mean": self.watch.loss_mean}
         return named | {"silent_rows": self.silent_rows, "sums": self.sums}
@@ -197,6 +201,6 @@ class TrainState:
                 )
             tensor.copy_(tensors[name])
         self.step = self.adam.steps = step
-        self.adam.behind = True
+        self.adam.behind = not self.adam.first
         if self.sparse is not None:
             self.sparse.stale = True

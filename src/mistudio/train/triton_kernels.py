@@ -164,9 +164,9 @@ def _added_parts(parts_enc, parts_dec, parts_sums, first, last, D, E, BLOCK_D: t
 @triton.jit
 def visit(
     values, rows, feature_ptr, part_ptr, parts_enc, parts_dec, parts_sums, x, residual,
-    W_enc, v_enc, W_dec, v_dec, b_dec, threshold, price, decay, place, out_enc, out_dec, sums, d_b_dec,
-    F, B, D, E, half, scale, bonus, lr, fresh, correction, eps,
-    STEP: tl.constexpr, CENTRED: tl.constexpr, GROUP: tl.constexpr,
+    W_enc, v_enc, m_enc, W_dec, v_dec, m_dec, b_dec, threshold, price, decay, place, out_enc, out_dec, sums, d_b_dec,
+    F, B, D, E, half, scale, bonus, lr, fresh, correction, eps, beta1,
+    STEP: tl.constexpr, MOMENTUM: tl.constexpr, CENTRED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The sums of GROUP features and their part of d_b_dec; with STEP the rows of those with an active entry take
@@ -198,8 +198,8 @@ def visit(
                         g_enc -= s0 * tl.load(b_dec + d, mask=d < D, other=0.0)
                     if STEP:
                         g_dec = _step(
-                            j, w_dec, g_enc, g_dec, W_enc, v_enc, W_dec, v_dec, tl.load(decay + j), D, E,
-                            lr, fresh, correction, eps, BLOCK_D, BLOCK_E,
+                            j, w_dec, g_enc, g_dec, W_enc, v_enc, m_enc, W_dec, v_dec, m_dec, tl.load(decay + j),
+                            D, E, lr, fresh, correction, eps, beta1, MOMENTUM, BLOCK_D, BLOCK_E,
                         )  # fmt: skip
                     else:
                         at = tl.load(place + j)
@@ -211,8 +211,8 @@ def visit(
 
 @triton.jit
 def apply_rows(
-    features, g_enc, g_dec, W_enc, v_enc, W_dec, v_dec, decay, D, E, lr, fresh, correction, eps,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    features, g_enc, g_dec, W_enc, v_enc, m_enc, W_dec, v_dec, m_dec, decay, D, E, lr, fresh, correction, eps, beta1,
+    MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The rows of one listed feature take their step; its g_dec loses its part along W_dec[j]."""
     i = tl.program_id(0).to(tl.int64)
@@ -222,16 +222,16 @@ def apply_rows(
     enc = tl.load(g_enc + i * D + d, mask=d < D, other=0.0)
     dec = tl.load(g_dec + i * E + o, mask=o < E, other=0.0)
     dec = _step(
-        j, w_dec, enc, dec, W_enc, v_enc, W_dec, v_dec, tl.load(decay + j), D, E, lr, fresh, correction, eps,
-        BLOCK_D, BLOCK_E,
+        j, w_dec, enc, dec, W_enc, v_enc, m_enc, W_dec, v_dec, m_dec, tl.load(decay + j), D, E,
+        lr, fresh, correction, eps, beta1, MOMENTUM, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     tl.store(g_dec + i * E + o, dec, mask=o < E)
 
 
 @triton.jit
 def _step(
-    j, w_dec, g_enc, g_dec, W_enc, v_enc, W_dec, v_dec, decay, D, E, lr, fresh, correction, eps,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    j, w_dec, g_enc, g_dec, W_enc, v_enc, m_enc, W_dec, v_dec, m_dec, decay, D, E, lr, fresh, correction, eps, beta1,
+    MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Adam's step of feature j's rows, and W_dec[j] of norm 1 again; g_dec without its part along the old row."""
     d, o = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
@@ -239,9 +239,16 @@ def _step(
     w_enc = tl.load(W_enc + j * D + d, mask=d < D, other=0.0)
     second = tl.load(v_enc + j * D + d, mask=d < D, other=0.0) * decay + fresh * g_enc * g_enc
     tl.store(v_enc + j * D + d, second, mask=d < D)
+    if MOMENTUM:
+        g_enc = tl.load(m_enc + j * D + d, mask=d < D, other=0.0) * beta1 + (1 - beta1) * g_enc
+        tl.store(m_enc + j * D + d, g_enc, mask=d < D)
     tl.store(W_enc + j * D + d, w_enc - lr * g_enc / (tl.sqrt(second) / correction + eps), mask=d < D)
     second = tl.load(v_dec + j * E + o, mask=o < E, other=0.0) * decay + fresh * g_dec * g_dec
     tl.store(v_dec + j * E + o, second, mask=o < E)
-    moved = tl.where(o < E, w_dec - lr * g_dec / (tl.sqrt(second) / correction + eps), 0.0)
+    along = g_dec
+    if MOMENTUM:
+        along = tl.load(m_dec + j * E + o, mask=o < E, other=0.0) * beta1 + (1 - beta1) * g_dec
+        tl.store(m_dec + j * E + o, along, mask=o < E)
+    moved = tl.where(o < E, w_dec - lr * along / (tl.sqrt(second) / correction + eps), 0.0)
     tl.store(W_dec + j * E + o, moved / tl.sqrt(tl.sum(moved * moved, 0)), mask=o < E)
     return g_dec
