@@ -306,11 +306,25 @@ def test_a_write_that_fails_in_the_background_stops_the_collection_with_its_erro
 
 
 def test_the_threads_of_a_collection_end_with_it(cfg, lm):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     collect(cfg, lm)
     with (
         lm.editing({Site(1, "resid_post"): lambda h: h / 0}),
         pytest.raises(StoreError),
     ):
         collect(replace(cfg, out=cfg.out / "other"), lm)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(("text", "thread"), [("stories", "MainThread"), ("hf:some/stories", "ahead")])
+def test_tokens_are_made_between_a_cpus_passes_unless_they_come_over_a_network(cfg, lm, monkeypatch, text, thread):
+    threads, is_special = set(), lm.is_special
+
+    def seen(tokens):
+        threads.add(threading.current_thread().name)
+        return is_special(tokens)
+
+    monkeypatch.setattr(lm, "is_special", seen)
+    monkeypatch.setattr("mistudio.collect.documents", lambda *_, **__: documents("stories"))
+    collect(replace(cfg, text=text), lm)
+    assert threads == {thread}

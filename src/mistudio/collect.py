@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -238,7 +239,8 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | No
         if not writer.complete:
             done = writer.rows + (writer.outliers.dropped if writer.outliers else 0)
             groups = _groups(cfg, rows, context)
-            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), batches(lm, groups, done), cfg)
+            found = _made(batches(lm, groups, done), lm.device if read is None else None, cfg.text)
+            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), found, cfg)
             ended_by = _ended_by(writer, cfg, some, out_of_time)
         store = writer.finish(ended_by=ended_by)
     if store.manifest.ended_by not in (None, "tokens"):
@@ -284,23 +286,35 @@ def _ended_by(writer: StoreWriter, cfg: CollectConfig, some: FirstDocuments, out
     return "documents" if some.spent else "text"
 
 
-def _fill(writer: StoreWriter, read: Read, found: Iterator[Batch], cfg: CollectConfig) -> bool:
+def _made(found: Iterator[Batch], device: torch.device | None, text: str) -> AbstractContextManager[Iterator[Batch]]:
+    """The batches, made in another thread while the model on `device` reads (None: it reads elsewhere).
+
+    On a CPU they are made between its passes: tokenising takes all cores, and a thread that takes one of them, or the
+    interpreter, from a pass costs the whole pass that time (benchmarks/collect_overhead.py). A network is waited for
+    in the other thread all the same.
+    """
+    if device is not None and device.type == "cpu" and not text.startswith("hf:"):
+        return nullcontext(found)
+    return Ahead(found, BATCHES_AHEAD)
+
+
+def _fill(writer: StoreWriter, read: Read, found: AbstractContextManager[Iterator[Batch]], cfg: CollectConfig) -> bool:
     """Writes until there are as many rows as planned, or the text or `cfg.hours` ends (True); the last checkpoint is at
     the end.
 
-    Text and tokens are made in one thread and rows are written in another while the model reads, with at most
-    `BATCHES_AHEAD` and `BATCHES_BEHIND` batches waiting; what is computed and its order do not change.
+    Rows are written in another thread while the model reads, with at most `BATCHES_BEHIND` batches waiting; what is
+    computed and its order do not change.
     """
     left = writer.plan.expected_rows - writer.rows
     clock = Clock(cfg.hours)
     with (
         progress_bar("collect", writer.plan.expected_rows, "tokens", start=writer.rows) as bar,
-        Ahead(found, BATCHES_AHEAD) as ahead,
+        found as tokens,
         Behind(BATCHES_BEHIND) as disk,
     ):
         record = _Record(writer, bar)
         rule = writer.outliers or (cfg.drop_outliers or FACTOR, cfg.drop_outliers is not None)
-        for piece in judged(read(clock.until_over(ahead)), rule, left):
+        for piece in judged(read(clock.until_over(tokens)), rule, left):
             disk(partial(record, piece))
     if record.cursor > writer.cursor:
         writer.checkpoint(record.cursor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
 from mistudio.lm.pack import TokenRow
@@ -99,7 +99,7 @@ def batches(lm: "LanguageModel", groups: Iterable[list[TokenRow]], done: int = 0
     end = 0
     for group in groups:
         origin = _filled(group, lm.pad_id)
-        tokens = origin[..., 0].long()
+        tokens = torch.from_numpy(origin[..., 0]).long()
         kept = ~lm.is_special(tokens)
         end += len(group)
         past = min(done, int(kept.sum()))
@@ -108,13 +108,14 @@ def batches(lm: "LanguageModel", groups: Iterable[list[TokenRow]], done: int = 0
             done -= past
             if not kept.any():
                 continue
-        yield Batch(tokens, kept, origin[kept], end)
+        # by numpy: torch's mask would start threads of its own, where this runs beside the model's
+        yield Batch(tokens, kept, torch.from_numpy(origin[kept.numpy()]), end)
 
 
-def _filled(group: list[TokenRow], filler: int) -> Int[Tensor, "N T 3"]:
+def _filled(group: list[TokenRow], filler: int) -> Int32[np.ndarray, "N T 3"]:
     """Token id, document, offset; a place without a token has the token `filler`."""
     length = max(len(row.tokens) for row in group)
     origin = np.full((len(group), length, 3), (filler, -1, -1), dtype=np.int32)
     for row, values in zip(group, origin, strict=True):
         values[: len(row.tokens)] = np.stack([row.tokens, row.document, row.offset], axis=-1)
-    return torch.from_numpy(origin)
+    return origin
