@@ -3,35 +3,46 @@
     python benchmarks/read_feed.py [--rows 200000] [--width 2304] [--rounds 5] [--prefetch 2] [--threads 2] [--small]
 
 Reading: bytes a second of `store.feed` / those of a plain sequential read of the same files. Warm: the files are in the
-page cache. Cold: they were dropped from it (posix_fadvise) before each reading. The plain read takes 4 MiB at a time
-into one buffer and does nothing with it; a second one ("into batches") reads into memory of the size of a batch, three
-in turn, as anybody who hands the rows on must. The feed checks SHA-256 at the first read of a store that was just
-opened (first), and not again (again).
+page cache. Cold: they were dropped from it (posix_fadvise) before each reading. First: a new feed of a store that was
+just opened, which checks every shard. Again: warm, a feed that has read an epoch goes on, with the batches it had made
+ahead taken before the clock runs; cold, a new feed of a store that was read before. Feeds read whole batches only, and
+their time is scaled to all rows.
+
+The plain read takes 4 MiB at a time into one buffer and does nothing with it; a second one ("into batches") reads into
+memory of the size of a batch, three in turn, as anybody who hands the rows on must. "Copy": as many threads as the feed
+has copy the rows, in order, from a memory map into such batches, which is what any reader has to do at least.
 
 Beside SAELens 6.54.12: rows a second of our feed / those of its ActivationsStore on a cache of the same rows, with its
-mixing buffer of 16,384 rows and without any (it checks nothing, so its "first" is ours alone); in an environment of
-its own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another; --no-peer leaves it out).
+mixing buffer of 16,384 rows and without any (it checks nothing, and is opened anew each time); in an environment of its
+own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another; --no-peer leaves it out).
 
-Writing: seconds of a whole store of `--buckets` buckets / those of one of a single bucket, to which rows go in order.
+Writing: seconds of a whole store of `--buckets` buckets / those of one of a single bucket, to which rows go in order;
+the one is written first in every other round.
 
-Rounds alternate and the first is left out; medians and ranges of the ratios, by the wall's clock and the processor's.
+What is compared takes turns in each round, and the first round is left out; medians and ranges of the ratios, by the
+wall's clock and the processor's.
 """
 
 import argparse
 import gc
 import json
+import mmap
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mistudio.store import FeedOptions, Store, StoreWriter
+from mistudio.store import Feed, FeedOptions, Store, StoreWriter
+from mistudio.store.gather import default_threads
 
 SITE, BATCH = "layers.0.resid_post", 4096
 ROOT = Path(__file__).parent.parent
@@ -67,9 +78,12 @@ def shards(store: Store) -> list[Path]:
     return sorted((store.path / SITE).glob("*.safetensors"))
 
 
-def drop(store: Store) -> None:
+def drop(store: Store, *, was_read: bool) -> None:
     """The files are not in the page cache."""
-    gc.collect()  # a mapped file stays in it
+    gc.collect()  # a file that is mapped stays in it
+    if was_read:
+        for bucket in range(len(store.manifest.bucket_sizes)):
+            store.mapped(SITE, bucket)["rows"].file.madvise(mmap.MADV_DONTNEED)
     for path in shards(store):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -85,11 +99,37 @@ def plain(store: Store, buffers: list[np.ndarray]) -> None:
                 number += 1
 
 
-def feed(store: Store, prefetch: int, threads: int | None) -> None:
-    """About every row once, in a shuffled order."""
-    batches = store.feed(SITE, BATCH, seed=1, how=FeedOptions(prefetch=prefetch, threads=threads))
-    for _ in range(store.rows // BATCH):
-        next(batches)
+def copy(maps: list[np.ndarray], batches: list[np.ndarray], pool: ThreadPoolExecutor, threads: int) -> None:
+    """Every row once, in order, into one batch after the other, each shared out to the threads."""
+    number = 0
+    for rows in maps:
+        for start in range(0, len(rows), BATCH):
+            piece, number = rows[start : start + BATCH], number + 1
+            batch = batches[number % len(batches)].view(np.float32).reshape(BATCH, -1)[: len(piece)]
+            parts = zip(np.array_split(batch, threads), np.array_split(piece, threads), strict=True)
+            list(pool.map(lambda part: np.copyto(*part), parts))
+
+
+def reader(path: Path, args: argparse.Namespace, *, cold: bool, first: bool) -> Callable[[], object]:
+    """What takes about every row once, in a shuffled order; all is ready for the clock (see the top)."""
+    store = Store.open(path)
+    count, how = store.rows // BATCH, FeedOptions(prefetch=args.prefetch, threads=args.threads)
+    feed = store.feed(SITE, BATCH, seed=1, how=how)
+    if not first:
+        take(feed, count)
+        if cold:
+            feed = store.feed(SITE, BATCH, seed=1, how=how)
+        else:
+            take(feed, args.prefetch + 2)
+    if cold:
+        drop(store, was_read=not first)
+    return lambda: take(feed, count)
+
+
+def take(feed: Feed, batches: int) -> None:
+    """The next batches, which nobody uses."""
+    for _ in range(batches):
+        next(feed)
 
 
 def seconds(work: Callable[[], object]) -> np.ndarray:
@@ -107,30 +147,29 @@ def shown(name: str, ratios: list[np.ndarray]) -> None:
 
 
 def measure_reading(path: Path, args: argparse.Namespace) -> None:
-    """Prints the feed's rate over plain reads."""
+    """Prints the feed's rate over plain reads and copies."""
     store = Store.open(path)
+    threads = args.threads or default_threads()
     size = store.rows * store.width(SITE) * 4
     once = size / (store.rows // BATCH * BATCH * store.width(SITE) * 4)  # a feed reads whole batches only
-    ways = {
-        "plain read": [np.zeros(1 << 22, dtype=np.uint8)],
-        "plain read into batches": [np.zeros(BATCH * store.width(SITE) * 4, dtype=np.uint8) for _ in range(3)],
-    }
+    batches = [np.zeros(BATCH * store.width(SITE) * 4, dtype=np.uint8) for _ in range(3)]
+    buffer = [np.zeros(1 << 22, dtype=np.uint8)]
+    pool = ThreadPoolExecutor(threads)
     for cold in (True, False):
+        maps = [] if cold else [store.bucket(SITE, bucket) for bucket in range(len(store.manifest.bucket_sizes))]
+        ways = {"plain read": partial(plain, store, buffer), "plain read into batches": partial(plain, store, batches)}
+        if not cold:
+            ways["copy"] = partial(copy, maps, batches, pool, threads)
         for first in (True, False):
             found: dict[str, list[np.ndarray]] = {name: [] for name in ways}
             rates = []
             for _ in range(args.rounds + 1):
-                store = Store.open(path)
-                if not first:
-                    feed(store, 0, args.threads)
-                if cold:
-                    drop(store)
-                ours = seconds(lambda store=store: feed(store, args.prefetch, args.threads)) * once
+                ours = seconds(reader(path, args, cold=cold, first=first)) * once
                 rates.append(size / ours[0] / 1e9)
-                for name, buffers in ways.items():
+                for name, way in ways.items():
                     if cold:
-                        drop(store)
-                    found[name].append(seconds(lambda store=store, buffers=buffers: plain(store, buffers)) / ours)
+                        drop(store, was_read=False)
+                    found[name].append(seconds(way) / ours)
             kind = f"{'cold' if cold else 'warm'}, {'first' if first else 'again'}"
             print(f"{kind}: feed {np.median(rates[1:]):.2f} GB/s")
             for name, ratios in found.items():
@@ -173,11 +212,7 @@ def measure_peer(path: Path, args: argparse.Namespace) -> None:
             for first in (True, False):
                 found: dict[float, list[np.ndarray]] = {0.5: [], 0.0: []}
                 for _ in range(args.rounds + 1):
-                    if first:
-                        store = Store.open(path)
-                    if cold:
-                        drop(store)
-                    ours = seconds(lambda store=store: feed(store, args.prefetch, args.threads))
+                    ours = seconds(reader(path, args, cold=cold, first=first))
                     ours /= store.rows // BATCH * BATCH
                     for mixing, ratios in found.items():
                         answer = peer.ask(mixing=mixing, cold=cold)
@@ -195,14 +230,12 @@ def measure_writing(folder: Path, args: argparse.Namespace) -> None:
     values = torch.randn(4096, args.width, generator=torch.Generator().manual_seed(0))
     ratios = []
     for number in range(args.rounds + 1):
-        places = [folder / f"written{number}_{buckets}" for buckets in (args.buckets, 1)]
-        found = [
-            seconds(lambda place=place, buckets=buckets: written(place, args.rows, values, buckets))
-            for place, buckets in zip(places, (args.buckets, 1), strict=True)
-        ]
-        ratios.append(found[0] / found[1])
-        for place in places:
-            subprocess.run(["rm", "-r", str(place)], check=True)
+        found = {}
+        for buckets in (args.buckets, 1) if number % 2 else (1, args.buckets):
+            place = folder / f"written{number}_{buckets}"
+            found[buckets] = seconds(partial(written, place, args.rows, values, buckets))
+            shutil.rmtree(place)
+        ratios.append(found[args.buckets] / found[1])
     shown(f"writing with the shuffle into {args.buckets} buckets / without, time", ratios)
 
 
@@ -223,7 +256,8 @@ def main() -> None:
     print(f"{args.rows:,} rows of {args.width}, {len(os.sched_getaffinity(0))} cores")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s"
-        feed(make(path, args.rows, args.width), 0, args.threads)  # loops are compiled before the clock runs
+        make(path, args.rows, args.width)
+        reader(path, args, cold=False, first=True)()  # loops are compiled before the clock runs
         measure_reading(path, args)
         if not args.no_peer:
             measure_peer(path, args)

@@ -1,8 +1,10 @@
-"""A stand-in for the Hugging Face hub on loopback: the endpoints that huggingface_hub 2.4 uses to look at a model
-repository and to download from it, and the ways in which they go wrong.
+"""A stand-in for the Hugging Face hub on loopback: the endpoints that huggingface_hub 2.4 uses to look at a repository,
+to download from it and to commit to it.
 
-Files of `large` bytes and more are served as the hub serves LFS files: `resolve` answers with a redirect to another
-origin (here http://localhost instead of http://127.0.0.1), which wants no token and gets none. Xet is not spoken.
+Files of `large` bytes and more are kept as the hub keeps LFS files: `resolve` answers with a redirect to another origin
+(here http://localhost instead of http://127.0.0.1), which wants no token and gets none, and their bytes come before the
+commit that names them. Xet is not spoken: clients that write must have HF_HUB_DISABLE_XET. A repository is called
+"user/name", or "datasets/user/name".
 
     with HubServer() as hub:
         commit = hub.add("google/some-repo", {"a/params.npz": data})
@@ -10,61 +12,34 @@ origin (here http://localhost instead of http://127.0.0.1), which wants no token
         hub.fail("params.npz", status=429, headers={"Retry-After": "7"})
 """
 
+import base64
 import hashlib
 import json
 import re
-import threading
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
+
+from huggingface_hub import HfFileSystem, constants
+
+from faulty_server import Handler, Server
 
 ERROR_CODES = {"gated": (403, "GatedRepo"), "repo": (404, "RepoNotFound"), "revision": (404, "RevisionNotFound")}
 ERROR_CODES |= {"entry": (404, "EntryNotFound")}
+REPO, API_REPO = r"((?:datasets/)?[^/]+/[^/]+)", r"((?:models|datasets)/[^/]+/[^/]+)"
 
 
-@dataclass
-class Fault:
-    """What happens to the next `times` requests of a method whose path ends so."""
-
-    suffix: str
-    method: str
-    times: int
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    cut_after: int | None = None
-    short_by: int = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    headers: dict[str, str]
-
-
-class HubServer:
+class HubServer(Server):
     def __init__(self, *, large=1000):
+        super().__init__(Hub)
         self.large = large
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.refs: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
         self.token: str | None = None
+        self.public = False
+        """Whether reading needs no token."""
+        self.sent: dict[str, bytes] = {}
+        """Large files that no commit names yet, by their SHA-256."""
         self.ranges = True
-        self.faults: list[Fault] = []
-        self.requests: list[Request] = []
-        self.lock = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
-        self.http.daemon_threads = True
-        self.port = self.http.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
     def add(self, repo, files, *, branch="main"):
         """A new commit with exactly these files, which the branch now points at; its id."""
@@ -75,152 +50,187 @@ class HubServer:
         self.refs.setdefault(repo, {})[branch] = commit
         return commit
 
-    def fail(self, suffix, *, status, times=1, method="GET", headers=None):
-        self.faults.append(Fault(suffix, method, times, status=status, headers=headers or {}))
+    def files(self, repo):
+        """The files on its main branch."""
+        return self.commits[repo][self.refs[repo]["main"]]
 
-    def cut(self, suffix, *, after, times=1):
-        """GET announces all bytes, sends some, and closes the connection."""
-        self.faults.append(Fault(suffix, "GET", times, cut_after=after))
+    def make_bucket(self, repo):
+        self.add(repo, {})
 
-    def shorten(self, suffix, *, by, times=1):
-        """GET announces fewer bytes than HEAD did, and sends those."""
-        self.faults.append(Fault(suffix, "GET", times, short_by=by))
+    def wipe(self):
+        self.commits.clear()
+        self.refs.clear()
+        self.sent.clear()
 
-    def fault(self, method, path):
-        with self.lock:
-            for fault in self.faults:
-                if fault.times and fault.method == method and path.endswith(fault.suffix):
-                    fault.times -= 1
-                    return fault
-        return Fault("", method, 0)
+    def names(self, repo):
+        return sorted(self.files(repo))
 
-    def seen(self, method, part=""):
-        """The requests of a method whose path contains `part`."""
-        return [r for r in self.requests if r.method == method and part in r.path]
+    def get(self, repo, name):
+        return self.files(repo)[name]
+
+    def put(self, repo, name, data):
+        self.add(repo, self.files(repo) | {name: data})
+
+    def delete(self, repo, name):
+        self.add(repo, {path: data for path, data in self.files(repo).items() if path != name})
+
+    def attach(self, monkeypatch):
+        """huggingface_hub asks this hub, without Xet and without pauses."""
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        HfFileSystem.clear_instance_cache()
 
 
-class Handler(BaseHTTPRequestHandler):
-    hub: HubServer
-    protocol_version = "HTTP/1.1"
+class AnswerError(Exception):
+    """(status, headers) of an answer that is not what was asked for."""
 
-    def log_message(self, *_):
-        pass
 
-    def do_HEAD(self):
-        self.answer()
+def error(kind, headers=None):
+    status, code = ERROR_CODES[kind]
+    return AnswerError(status, {"X-Error-Code": code, "X-Error-Message": f"{kind} error"} | (headers or {}))
 
-    def do_GET(self):
-        self.answer()
 
-    def answer(self):
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(Request(self.command, path, {k.lower(): v for k, v in self.headers.items()}))
-        if match := re.fullmatch(r"/cdn/([0-9a-f]{64})/(.+)", path):
-            return self.cdn(match[1], match[2])
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(path, *match.groups())
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            return self.model(match[1], match[2] or "main")
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
-            return self.tree(match[1], match[2], match[3] or "")
-        return self.send(404)
+class Hub(Handler):
+    def found(self, body):
+        routes = {
+            ("GET", r"/cdn/([0-9a-f]{64})/(.+)"): self.cdn,
+            ("GET", rf"/{REPO}/resolve/([^/]+)/(.+)"): self.resolve,
+            ("GET", rf"/api/{API_REPO}(?:/revision/([^/]+))?"): self.info,
+            ("GET", rf"/api/{API_REPO}/tree/([^/]+)(?:/(.+))?"): self.tree,
+            ("POST", rf"/api/{API_REPO}/paths-info/([^/]+)"): self.paths_info,
+            ("POST", rf"/api/{API_REPO}/preupload/([^/]+)"): self.preupload,
+            ("POST", rf"/{REPO}\.git/info/lfs/objects/batch"): self.lfs_batch,
+            ("PUT", r"/lfs/([0-9a-f]{64})"): self.lfs_upload,
+            ("POST", rf"/api/{API_REPO}/commit/([^/]+)"): self.new_commit,
+        }
+        self.body = body
+        for (method, pattern), answer in routes.items():
+            match = re.fullmatch(pattern, self.path_asked)
+            if match and method == self.command.replace("HEAD", "GET"):
+                try:
+                    return answer(*match.groups())
+                except AnswerError as failure:
+                    return *failure.args, b""
+        return 404, {}, b""
 
-    def commit(self, repo, revision):
-        """The commit and its files; None after an error was answered."""
-        if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            return self.send(401)
+    @property
+    def hub(self):
+        return self.server_state
+
+    def commit(self, repo, revision, *, writing=False):
+        """The commit and its files."""
+        allowed = self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if not allowed and (writing or not self.hub.public):
+            raise AnswerError(401, {})
+        repo = repo.removeprefix("models/")
         if repo not in self.hub.commits:
-            return self.error("repo")
+            raise error("repo")
         if repo in self.hub.gated:
-            return self.error("gated")
+            raise error("gated")
         commit = self.hub.refs[repo].get(revision, revision)
         if commit not in self.hub.commits[repo]:
-            return self.error("revision")
+            raise error("revision")
         return commit, self.hub.commits[repo][commit]
 
-    def resolve(self, path, repo, revision, filename):
-        if (fault := self.hub.fault(self.command, path)).status:
-            return self.send(fault.status, headers=fault.headers)
-        if (found := self.commit(repo, revision)) is None:
-            return None
-        commit, files = found
+    # ---- reading
+
+    def resolve(self, repo, revision, filename):
+        commit, files = self.commit(repo, revision)
         if filename not in files:
-            return self.error("entry", {"X-Repo-Commit": commit})
+            raise error("entry", {"X-Repo-Commit": commit})
         data = files[filename]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{git_hash(data)}"', "Accept-Ranges": "bytes"}
         if len(data) < self.hub.large:
-            return self.send_file(data, headers, fault)
+            return self.bytes_of(data, headers)
         sha256 = hashlib.sha256(data).hexdigest()
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{sha256}"'}
         headers |= {"Location": f"http://localhost:{self.hub.port}/cdn/{sha256}/{filename}"}
-        if fault.cut_after is not None or fault.short_by:
-            fault.times += 1  # it is meant for the bytes, which come from the other origin
-        return self.send(302, headers=headers)
+        return 302, headers, b""
 
     def cdn(self, sha256, filename):
-        fault = self.hub.fault(self.command, filename)
-        if fault.status:
-            return self.send(fault.status, headers=fault.headers)
         for commits in self.hub.commits.values():
             for files in commits.values():
                 data = files.get(filename)
                 if data is not None and hashlib.sha256(data).hexdigest() == sha256:
-                    return self.send_file(data, {"ETag": f'"{sha256}"'}, fault)
-        return self.send(404)
+                    return self.bytes_of(data, {"ETag": f'"{sha256}"'})
+        return 404, {}, b""
 
-    def model(self, repo, revision):
-        if (found := self.commit(repo, revision)) is None:
-            return None
-        commit, files = found
-        info = {"_id": "0" * 24, "id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False}
+    def bytes_of(self, data, headers):
+        return self.part(data, headers) if self.hub.ranges else (200, headers, data)
+
+    def info(self, repo, revision):
+        commit, files = self.commit(repo, revision or "main")
+        name = repo.partition("/")[2]
+        info = {"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "private": False, "gated": False}
         info |= {"tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in sorted(files)]}
-        return self.send_json(info)
+        return as_json(info)
 
     def tree(self, repo, revision, folder):
-        if (found := self.commit(repo, revision)) is None:
-            return None
-        inside = {name: data for name, data in found[1].items() if not folder or name.startswith(f"{folder}/")}
-        listing = []
-        for name, data in sorted(inside.items()):
-            entry = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
-            if len(data) >= self.hub.large:
-                lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-                entry |= {"lfs": lfs}
-            listing.append(entry)
-        return self.send_json(listing)
+        _, files = self.commit(repo, revision)
+        start = f"{folder}/" if folder else ""
+        inside = [name for name in sorted(files) if name.startswith(start)]
+        if folder and not inside:
+            raise error("entry")
+        if parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]:
+            return as_json([self.entry(name, files[name]) for name in inside])
+        below = {start + name[len(start) :].split("/")[0] for name in inside}
+        return as_json([self.entry(name, files.get(name)) for name in sorted(below)])
 
-    def send_file(self, data, headers, fault):
-        first = 0
-        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-            first = int(match[1])
-            if first >= len(data):
-                return self.send(416, headers={"Content-Range": f"bytes */{len(data)}"})
-            headers = headers | {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"}
-        body = data[first : len(data) - fault.short_by]
-        if fault.short_by:
-            headers.pop("Content-Range", None)
-        return self.send(206 if first else 200, body, headers, cut_after=fault.cut_after)
+    def paths_info(self, repo, revision):
+        _, files = self.commit(repo, revision)
+        text = self.body.decode()
+        paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text)["paths"]
+        return as_json([self.entry(path, files[path]) for path in paths if path in files])
 
-    def send_json(self, value):
-        return self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def entry(self, path, data):
+        if data is None:
+            return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+        found = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return found | ({"lfs": lfs} if len(data) >= self.hub.large else {})
 
-    def error(self, kind, headers=None):
-        status, code = ERROR_CODES[kind]
-        return self.send(status, headers={"X-Error-Code": code, "X-Error-Message": f"{kind} error"} | (headers or {}))
+    # ---- writing
 
-    def send(self, status, body=b"", headers=None, cut_after=None):
-        """Answers; returns None."""
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        self.wfile.write(body if cut_after is None else body[:cut_after])
-        if cut_after is not None:
-            self.wfile.flush()
-            self.close_connection = True
+    def preupload(self, repo, revision):
+        self.commit(repo, revision, writing=True)
+        files = json.loads(self.body)["files"]
+        modes = {file["path"]: "lfs" if file["size"] >= self.hub.large else "regular" for file in files}
+        return as_json({"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]})
+
+    def lfs_batch(self, repo):
+        wanted = json.loads(self.body)
+        self.commit(repo, wanted["ref"]["name"], writing=True)
+        for file in wanted["objects"]:
+            if file["oid"] not in self.hub.sent:
+                file["actions"] = {"upload": {"href": f"http://localhost:{self.hub.port}/lfs/{file['oid']}"}}
+        return as_json({"transfer": "basic", "objects": wanted["objects"]})
+
+    def lfs_upload(self, sha256):
+        if hashlib.sha256(self.body).hexdigest() != sha256:
+            return 400, {}, b"another content"
+        self.hub.sent[sha256] = self.body
+        return 200, {}, b""
+
+    def new_commit(self, repo, revision):
+        _, files = self.commit(repo, revision, writing=True)
+        files = dict(files)
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.sent[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = self.hub.add(repo.removeprefix("models/"), files, branch=revision)
+        return as_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True})
+
+
+def as_json(value):
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
 def git_hash(data):

@@ -33,9 +33,7 @@ for _ in sys.stdin:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        return make(tmp_path_factory.mktemp("served") / "s", rows=200, bucket_rows=30)
+    return make(tmp_path_factory.mktemp("served") / "s", rows=200, bucket_rows=30)
 
 
 def test_a_server_killed_at_fifty_moments_loses_and_repeats_no_row(store):

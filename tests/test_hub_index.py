@@ -6,6 +6,7 @@ import importlib.util
 import json
 import lzma
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -109,26 +110,27 @@ def test_looking_something_up_imports_neither_torch_nor_numpy():
     assert done.stdout.strip() == "[]"
 
 
-def damaged(text):
-    return lzma.compress(text.encode())
+@pytest.mark.parametrize("data", [b"", b"not compressed", index.SHIPPED.read_bytes()[:-100]])
+def test_a_damaged_index_file_is_refused(data, tmp_path, monkeypatch):
+    refuse(data, tmp_path / "index.xz", monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "data",
+    "text",
     [
-        b"",
-        b"not compressed",
-        damaged("mistudio hub index 2\n"),
-        damaged("mistudio hub index 1\nsomeone/else\n layer_0/width_16k/average_l0_13"),
-        damaged("mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n layer_0/width_16k/average_l0_13 x"),
-        damaged("mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n ../../layer_0/width_16k/average_l0_13"),
-        damaged("mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n "),
-        damaged("mistudio hub index 1\n"),
-        index.SHIPPED.read_bytes()[:-100],
+        "mistudio hub index 2\n",
+        "mistudio hub index 1\nsomeone/else\n layer_0/width_16k/average_l0_13",
+        "mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n layer_0/width_16k/average_l0_13 x",
+        "mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n ../../layer_0/width_16k/average_l0_13",
+        "mistudio hub index 1\ngoogle/gemma-scope-2b-pt-res\n ",
+        "mistudio hub index 1\n",
     ],
 )
-def test_a_damaged_or_foreign_index_file_is_refused(data, tmp_path, monkeypatch):
-    path = tmp_path / "index.xz"
+def test_a_foreign_index_file_is_refused(text, tmp_path, monkeypatch):
+    refuse(lzma.compress(text.encode(), preset=0), tmp_path / "index.xz", monkeypatch)
+
+
+def refuse(data, path, monkeypatch):
     path.write_bytes(data)
     monkeypatch.setenv(index.ENVIRONMENT, str(path))
     with pytest.raises(HubError, match="not a readable index"):
@@ -398,7 +400,7 @@ def test_other_layouts_are_no_entries(repo_id, path):
     assert parse_file(repo_id, path) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted({e.repo_id for e in entries()})),
     st.integers(0, 99),
@@ -421,7 +423,7 @@ def test_parsing_inverts_writing_a_path(repo_id, layer, width, l0, l0_class, fol
     assert entry.hf_path == f"{repo_id}/{path}"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted({e.repo_id for e in entries()})), st.text(max_size=60))
 def test_parsing_any_text_gives_an_entry_or_none(repo_id, text):
     assert parse(repo_id, text) is None or isinstance(parse(repo_id, text), Entry)
@@ -538,6 +540,15 @@ def transport_errors():
 def test_without_a_network_a_refresh_says_so(error):
     with pytest.raises(HubError, match=r"https://hub\.test cannot be reached"):
         listing("google/gemma-scope-27b-pt-res", Unreachable(error))
+
+
+def test_where_nothing_answers_a_refresh_asks_once(caplog):
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(HubError, match=rf"{endpoint} cannot be reached \(.*refused\)"):
+            refresh(endpoint=endpoint)
+    assert "Retrying" not in caplog.text
 
 
 def test_an_offline_refresh_says_so():

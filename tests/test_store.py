@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mistudio.errors import ConfigError, StoreError
-from mistudio.store import Position, Store, StoreWriter
+from mistudio.store import Position, Store, StoreWriter, convert, verify
 from mistudio.store.extend import bucket_rows_to_extend
 from mistudio.store.writer import make_plan
 
@@ -419,9 +421,10 @@ def test_an_unfinished_store_says_how_far_it_got_and_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 4}, "version 4; this mistudio reads version 1, 2 and 3"),
+        ({"version": 5}, "version 5; this mistudio reads version 1, 2, 3 and 4"),
         ({"version": 1}, "version 1 with checksums"),
-        ({"checksums": None}, "version 3 without checksums"),
+        ({"version": 3}, "is no checksum of version 3"),
+        ({"checksums": None}, "version 4 without checksums"),
         ({"checksums": {}}, "checksums does not hold"),
         ({"format": "zip"}, "does not describe a mistudio store"),
         ({"surprise": 1}, "unknown key surprise"),
@@ -486,23 +489,45 @@ def test_a_flipped_bit_is_found_at_the_first_read_and_names_the_shard(whole):
     path.write_bytes(data)
     store = Store.open(whole)
     store.bucket(B, 2)
-    with pytest.raises(StoreError, match=r"attn_z/00003\.safetensors: SHA-256 of its .* rows is"):
+    with pytest.raises(StoreError, match=r"attn_z/00003\.safetensors: checksum of its .* rows"):
         store.bucket(B, 3)
     with pytest.raises(StoreError, match=r"attn_z/00003"):
         next(store.feed(B, 200, seed=0))
 
 
+def shard_bytes(path: Path, name: str, bucket: int) -> bytes:
+    """A shard without its header."""
+    return (path / name / f"{bucket:05d}.safetensors").read_bytes()[256:]
+
+
 def test_the_checksums_are_those_of_the_files_without_their_headers(whole):
     for name, checksums in Store.open(whole).manifest.checksums.items():
         for bucket, checksum in enumerate(checksums):
-            data = (whole / name / f"{bucket:05d}.safetensors").read_bytes()
-            assert hashlib.sha256(data[256:]).hexdigest() == checksum
+            assert checksum == f"xxh3_128:{xxhash.xxh3_128_hexdigest(shard_bytes(whole, name, bucket))}"
+
+
+@pytest.mark.parametrize("checksum", ["md5:" + 32 * "0", 32 * "0", "xxh3_128:" + 31 * "0", "xxh3_128:" + 32 * "G"])
+def test_a_checksum_of_an_unknown_algorithm_is_refused(whole, checksum):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["checksums"][A][2] = checksum
+    (whole / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=f"'{checksum}' is no checksum of version 4"):
+        Store.open(whole)
 
 
 def as_version_1(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["checksums"], manifest["statistics_sha256"]
     (path / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+
+
+def as_version_3(path: Path) -> None:
+    """With SHA-256, as it was before version 4."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, checksums in manifest["checksums"].items():
+        digests = [hashlib.sha256(shard_bytes(path, name, bucket)).hexdigest() for bucket in range(len(checksums))]
+        manifest["checksums"][name] = digests
+    (path / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
 
 
 def test_a_finished_store_of_version_1_is_read(whole):
@@ -515,6 +540,7 @@ def test_a_finished_store_of_version_1_is_read(whole):
 
 def test_a_finished_store_of_version_2_is_read(whole):
     expected = next(Store.open(whole).feed(A, 50, seed=3))
+    as_version_3(whole)
     manifest = json.loads((whole / "manifest.json").read_text())
     del manifest["ended_by"], manifest["outliers"]
     (whole / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
@@ -523,12 +549,47 @@ def test_a_finished_store_of_version_2_is_read(whole):
     assert torch.equal(next(store.feed(A, 50, seed=3)), expected)
 
 
+def test_a_finished_store_with_sha256_is_read_and_verified(whole):
+    expected = next(Store.open(whole).feed(A, 50, seed=3))
+    as_version_3(whole)
+    assert torch.equal(next(Store.open(whole).feed(A, 50, seed=3)), expected)
+    assert verify(whole).problems == ()
+    path = whole / B / "00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    told = r"attn_z/00003\.safetensors: checksum of its .* rows \(sha256\) is"
+    with pytest.raises(StoreError, match=told):
+        Store.open(whole).bucket(B, 3)
+    assert re.search(told, verify(whole).problems[0])
+
+
+def test_a_store_with_sha256_is_extended_and_converted_to_one_with_xxh3(tmp_path, whole):
+    as_version_3(whole)
+    converted = convert(Store.open(whole), tmp_path / "c")
+    make_longer(whole, 400, 80)
+    make(tmp_path / "long", rows=400, bucket_rows=80)
+    assert Store.open(whole).manifest.checksums == Store.open(tmp_path / "long").manifest.checksums
+    assert converted.manifest.checksums == make(tmp_path / "d").manifest.checksums
+    assert verify(whole).problems == verify(tmp_path / "c").problems == ()
+
+
+def test_a_collection_that_was_begun_with_version_3_goes_on(tmp_path, whole):
+    path = tmp_path / "s"
+    with StoreWriter.create(path, **settings_of()) as writer:
+        write(writer, 200, until=4)
+    progress = json.loads((path / "progress.json").read_text())
+    (path / "progress.json").write_text(json.dumps({**progress, "version": 3}))
+    with StoreWriter.resume(path, **settings_of()) as writer:
+        write(writer, 200)
+        writer.finish()
+    assert digest(path) == digest(whole)
+
+
 def test_an_unfinished_store_of_version_1_is_refused_in_one_sentence(tmp_path):
     with StoreWriter.create(tmp_path / "s", **settings_of()) as writer:
         write(writer, 200, until=4)
     progress = json.loads((tmp_path / "s" / "progress.json").read_text())
     (tmp_path / "s" / "progress.json").write_text(json.dumps({**progress, "version": 1}))
-    with pytest.raises(StoreError, match="version 1; this mistudio reads version 3"):
+    with pytest.raises(StoreError, match="version 1; this mistudio reads version 3 and 4"):
         StoreWriter.resume(tmp_path / "s", **settings_of())
 
 

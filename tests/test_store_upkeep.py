@@ -128,7 +128,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_store(tmp_path, whole, mo
 
 def test_damage_is_not_copied(tmp_path, whole):
     flip_a_bit(whole.path / A / "00001.safetensors")
-    with pytest.raises(StoreError, match=r"resid_post/00001\.safetensors: SHA-256"):
+    with pytest.raises(StoreError, match=r"resid_post/00001\.safetensors: checksum"):
         convert(whole, tmp_path / "c", dtype="int8")
 
 

@@ -44,6 +44,7 @@ def refresh(*, repos: Iterable[str] | None = None, endpoint: str | None = None, 
     known = entries()
     chosen = list(dict.fromkeys(e.repo_id for e in known)) if repos is None else list(dict.fromkeys(repos))
     api = HfApi(endpoint=endpoint, token=token)
+    _require_hub(api.endpoint)
     return compare(known, {repo_id: listing(repo_id, api) for repo_id in chosen})
 
 
@@ -102,10 +103,27 @@ def listing(repo_id: str, api: "HfApi") -> dict[str, int]:
             ) from error
         raise HubError(f"{repo_id} cannot be listed: {api.endpoint} answered {_first_line(error)}") from error
     except (_transport_error(), OSError) as error:
-        raise HubError(
-            f"{api.endpoint} cannot be reached ({_first_line(error)}). The index that is there goes on working; try "
-            "again with a network, or set HF_ENDPOINT to a mirror."
-        ) from error
+        raise _unreachable(api.endpoint, error) from error
+
+
+def _require_hub(endpoint: str) -> None:
+    """Returns where the hub answers anything. HubError, at once: it does not. (A listing asks six times in 23 s.)"""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except errors.OfflineModeIsEnabled:
+        return  # which the listing says
+    except (_transport_error(), OSError) as error:
+        raise _unreachable(endpoint, error) from error
+
+
+def _unreachable(endpoint: str, error: BaseException) -> HubError:
+    return HubError(
+        f"{endpoint} cannot be reached ({_first_line(error)}). The index that is there goes on working; try again "
+        "with a network, or set HF_ENDPOINT to a mirror."
+    )
 
 
 def _transport_error() -> type[Exception]:

@@ -1,12 +1,14 @@
 """Work in one other thread, in order and with a bound on what waits: `Ahead` makes items early, `Behind` works late.
 
 A thread is enough: tokenisers, file writes, hashes and torch's kernels all let go of the interpreter. Both are blocks:
-leaving one waits for its thread, so that nothing of it runs on after an error or Ctrl-C.
+leaving one waits for its thread, so that nothing of it runs on after an error or Ctrl-C. `begun` is a single call,
+which changes nothing and so may be left to itself.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -114,3 +116,17 @@ class Behind:
                 self._failure = failure
             del work  # what it holds is freed before the next is waited for
             self._free.release()
+
+
+def begun(work: Callable[[], T]) -> Future[T]:
+    """What `work` returns or raises, which a thread of its own finds out; it does not keep the process from ending."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as failure:  # raised where the result is asked for
+            result.set_exception(failure)
+
+    threading.Thread(target=run, name="begun", daemon=True).start()
+    return result

@@ -23,6 +23,7 @@ from mistudio.store.gather import Batches, default_threads, gather, row_order, r
 
 if TYPE_CHECKING:
     from mistudio.store.reader import Store
+    from mistudio.store.shard import Mapped
 
 
 @dataclass(frozen=True, order=True)
@@ -74,7 +75,7 @@ class RowSource(Protocol):
 
 START: Final = Position(0, 0)
 BUCKETS_AHEAD: Final = 1
-"""Buckets of a store at a URL that are fetched while the present one is read."""
+"""Buckets that are fetched, read from the disk and checked while rows of the present one are taken."""
 DEFAULTS: Final = FeedOptions()
 STOP_WAIT_S: Final = 1.0
 """How long the end of a feed, or a seek, waits for its thread."""
@@ -85,8 +86,9 @@ class JointFeed:
 
     Every row comes exactly once an epoch, batches running on over bucket and epoch ends. The division is in float32, by
     C rounded from float64. The order is a function of (store, seed); `state` and `restore` are O(number of buckets) and
-    continue it exactly, with any batch size. Rows are gathered from the page cache through a memory map: a bucket that
-    fits into free memory is read from the disk once an epoch.
+    continue it exactly, with any batch size. Rows are gathered from the page cache through a memory map, a bucket at a
+    time and the next one read ahead: where two buckets fit into free memory, each is read from the disk once an epoch,
+    from its beginning to its end.
     """
 
     def __init__(
@@ -203,17 +205,23 @@ class _Rows:
         self.store, self.sites, self.seed, self.position, self.threads = store, sites, seed, start, threads
         self._scales = [np.float32(store.scale(site)) for site in sites]
         self._sizes = np.array(store.manifest.bucket_sizes, dtype=np.int64)
-        self._stored: list[dict[str, np.ndarray]] = []  # of each site, the bucket being read
+        self._mapped: list[dict[str, Mapped]] = []  # of each site, the bucket being read
         self._ahead = np.empty(0, dtype=np.int64)  # rows of it still to come, in order
         self._orders: dict[tuple[int, int], Future[np.ndarray]] = {}  # (epoch, bucket) -> its order
 
     def fill(self, out: list[np.ndarray]) -> int:
-        """Copies as many rows, over C, to the heads of `out` as the present bucket still has, and says how many."""
+        """Copies as many rows, over C, to the heads of `out` as the present bucket still has, and says how many.
+
+        StoreError: a shard of it was cut since it was mapped (`Mapped.refuse_cut`).
+        """
         if not len(self._ahead):
             self._enter_bucket()
         chosen = self._ahead[: len(out[0])]
         dtype = self.store.manifest.dtype
-        for stored, scale, values in zip(self._stored, self._scales, out, strict=True):
+        for mapped, scale, values in zip(self._mapped, self._scales, out, strict=True):
+            for of_tensor in mapped.values():
+                of_tensor.refuse_cut()
+            stored = {tensor: of_tensor.rows for tensor, of_tensor in mapped.items()}
             gather(stored, dtype, chosen, scale, values[: len(chosen)], self.threads)
         self._advance(len(chosen))
         return len(chosen)
@@ -232,15 +240,18 @@ class _Rows:
         epoch, offset = self.position.epoch, self.position.offset
         bucket, done = order.locate(self._sizes, self.seed, epoch, offset)
         size = int(self._sizes[bucket])
-        self._stored = [self.store.stored(site, bucket) for site in self.sites]
+        self._mapped = []  # the last bucket may leave memory
+        self.store.expect(self.sites, [bucket])  # the first of a feed was not announced yet
+        self._mapped = [self.store.mapped(site, bucket) for site in self.sites]
         ahead = self._orders.pop((epoch, bucket), None)
+        self._look_ahead(size - done)  # not before: two files at a time come slower from a cold disk than one by one
         self._ahead = (row_order(self.seed, epoch, bucket, size) if ahead is None else ahead.result())[done:]
-        self._look_ahead()
 
-    def _look_ahead(self) -> None:
-        """What the next buckets need is begun: fetching them, and with several threads their order."""
+    def _look_ahead(self, left: int) -> None:
+        """What the buckets after the `left` rows of this one need is begun: reading them, and with several threads
+        their order."""
         self._orders.clear()
-        place, left, buckets = self.position, len(self._ahead), []
+        place, buckets = self.position, []
         for _ in range(min(BUCKETS_AHEAD, len(self._sizes) - 1)):
             epochs, offset = divmod(place.offset + left, self.store.rows)
             place = Position(place.epoch + epochs, offset)

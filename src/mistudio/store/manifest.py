@@ -15,16 +15,18 @@ from typing import Any, Final, TypeVar
 from mistudio.config import from_dict, to_dict
 from mistudio.errors import ConfigError, StoreError
 from mistudio.files import read_json, write_json
+from mistudio.store.checksum import is_checksum
 from mistudio.store.dtypes import check_dtype, site_row_bytes
 from mistudio.store.order import bucket_count, check_seed
 from mistudio.store.outliers import Outliers
 from mistudio.store.shard import bucket_shards
 
 FORMAT: Final = "mistudio-store"
-VERSION: Final = 3
-"""2: checksums, and rows in other number types than float32. 3: what ended the collection, and outliers. Finished
-stores of versions 1 and 2 are read too."""
-READABLE: Final = (1, 2, VERSION)
+VERSION: Final = 4
+"""2: checksums (SHA-256), and rows in other number types than float32. 3: what ended the collection, and outliers. 4:
+checksums say their algorithm, which is XXH3. Finished stores of all versions are read, and unfinished ones since 3."""
+READABLE: Final = (1, 2, 3, VERSION)
+RESUMABLE: Final = (3, VERSION)
 T = TypeVar("T")
 
 
@@ -123,7 +125,8 @@ class Manifest:
     source: dict[str, Any]
     """Where the rows come from: the settings of the collection, as plain data."""
     checksums: dict[str, tuple[str, ...]] | None = None
-    """Site, site/row_scale or where -> SHA-256 of each bucket's rows (`Shard.hash`). None: version 1 had none."""
+    """Site, site/row_scale or where -> checksum of each bucket's rows (`Shard.hash`), as `checksum` says. None: version
+    1 had none."""
     statistics_sha256: str | None = None
     """SHA-256 of statistics.safetensors. None: version 1 had none."""
     ended_by: str | None = None
@@ -149,6 +152,9 @@ class Manifest:
             names = set(bucket_shards(Path(), 0, plan.widths, self.dtype))
             if set(self.checksums) != names or any(len(c) != len(self.bucket_sizes) for c in self.checksums.values()):
                 raise ConfigError(f"checksums does not hold one for each bucket of {', '.join(sorted(names))}.")
+            every = (checksum for of_buckets in self.checksums.values() for checksum in of_buckets)
+            if (odd := next((c for c in every if not is_checksum(c, named=self.version >= 4)), None)) is not None:
+                raise ConfigError(f"{odd!r} is no checksum of version {self.version} that this mistudio knows.")
 
     @property
     def plan(self) -> Plan:
@@ -232,7 +238,7 @@ def manifest_of(data: bytes, name: str) -> Manifest:
 
 def read_progress(folder: Path) -> Progress:
     """The last checkpoint of an unfinished store. StoreError: it is not valid."""
-    return _read(Progress, folder / "progress.json", (VERSION,))
+    return _read(Progress, folder / "progress.json", RESUMABLE)
 
 
 def refuse_difference(path: Path | str, found: Plan, wanted: Plan, *, besides: Container[str] = ()) -> None:

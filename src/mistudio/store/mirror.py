@@ -1,19 +1,17 @@
-"""A store that is elsewhere, read shard by shard into a cache; and a store that is here, by the same two methods.
+"""A store that is elsewhere, read shard by shard into a cache, with the methods of one that is here (`local`).
 
 A shard is fetched when it is first needed, in parallel ranges, and gets its name in the cache only when its size,
-header and SHA-256 are those of the manifest. The folder in the cache is named after the URL and the manifest, so that a
-store that was replaced is never mixed with the old one. Shards a feed will need next are fetched in a thread.
+header and checksum are those of the manifest. The folder in the cache is named after the URL and the manifest, so that
+a store that was replaced is never mixed with the old one. Shards a feed will need next are fetched in a thread.
 """
 
 import fcntl
 import hashlib
 import logging
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -21,102 +19,19 @@ from typing import IO
 
 from mistudio.errors import StoreError
 from mistudio.store.cache import Cache, default_cache
-from mistudio.store.manifest import Manifest, manifest_of, read_manifest
+from mistudio.store.checksum import difference, new_hash
+from mistudio.store.local import Folder
+from mistudio.store.manifest import Manifest, manifest_of
 from mistudio.store.remote import Remote, folder_of, url_of
-from mistudio.store.shard import PREFIX_BYTES, Shard, bucket_shards
+from mistudio.store.shard import PREFIX_BYTES, Mapped, Shard, bucket_shards
 
 COPYING = "copy.json"
 """What an unfinished copy has in the place of a manifest."""
 log = logging.getLogger(__name__)
 
 
-class Folder:
-    """The files of a store on this machine."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._sound: set[Path] = set()
-        self._checks: dict[Path, Future[None]] = {}  # begun by `expect`
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def manifest(self) -> Manifest:
-        """The manifest. StoreError: there is none, or it is not valid."""
-        return read_manifest(self.folder)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of manifest.json or statistics.safetensors. StoreError: they cannot be read."""
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder / name} cannot be read: {error}. The store is damaged; copy or collect it again."
-            ) from error
-
-    def check_sizes(self, manifest: Manifest, buckets: Collection[int]) -> None:
-        """Nothing. StoreError: a shard of these buckets is missing or has another size."""
-        for bucket in buckets:
-            for shard in bucket_shards(self.folder, bucket, manifest.plan.widths, manifest.dtype).values():
-                shard.check_size(manifest.bucket_sizes[bucket])
-
-    @contextmanager
-    def held(self, shard: Shard, rows: int, checksum: str | None, *, known: bool) -> Iterator[None]:
-        """A block in which the shard's file can be opened, and is sound unless that is `known`. StoreError: it is not.
-
-        checksum: None where the manifest has none.
-        """
-        if not known:
-            begun = self._checks.pop(shard.path, None)
-            if begun is None:
-                self.verify(shard, rows, checksum)
-            else:
-                begun.result()
-            self._sound.add(shard.path)
-        yield
-
-    def verify(self, shard: Shard, rows: int, checksum: str | None) -> None:
-        """Nothing; reads all of the shard. StoreError: it is not what the manifest says."""
-        shard.map(rows)
-        if checksum is not None:
-            shard.check_hash(rows, checksum)
-
-    def expect(self, shards: Sequence[tuple[Shard, int, str | None]]) -> None:
-        """The system begins to read these shards into its page cache, where it can be told to; those that were not read
-        yet are checked, each in a thread, so that a first epoch does not wait at every bucket for a whole SHA-256.
-        """
-        for shard, rows, checksum in shards:
-            if sys.platform == "linux":
-                _read_ahead(shard.path)
-            if shard.path not in self._sound and shard.path not in self._checks:
-                self._checks[shard.path] = self._begun(shard, rows, checksum)
-
-    def _begun(self, shard: Shard, rows: int, checksum: str | None) -> Future[None]:
-        """`verify`, in a thread that does not keep the process from ending."""
-        result: Future[None] = Future()
-
-        def check() -> None:
-            try:
-                self.verify(shard, rows, checksum)
-            except BaseException as error:  # raised where the shard is needed
-                result.set_exception(error)
-            else:
-                result.set_result(None)
-
-        threading.Thread(target=check, name="check", daemon=True).start()
-        return result
-
-
-def _read_ahead(path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    except OSError as error:  # whether the shard can be read is found out when it is
-        log.debug("not read ahead: %s", error)
-
-
 class Mirror:
-    """The files of a store at a URL, with the methods of `Folder`."""
+    """The files of a store at a URL."""
 
     def __init__(self, url: str, cache: Cache):
         self.remote, self.cache = Remote(url), cache
@@ -126,6 +41,7 @@ class Mirror:
             raise self._no_manifest(error) from error
         name = hashlib.sha256(url.encode() + b"\n" + self._manifest).hexdigest()[:16]
         self.folder = cache.folder / name
+        self._sound: set[Path] = set()  # shards that were checked since this object was made
         self._lock = threading.Lock()
         self._expected: deque[tuple[Shard, int, str | None]] = deque()
         self._fetching = False
@@ -163,7 +79,7 @@ class Mirror:
                     )
 
     @contextmanager
-    def held(self, shard: Shard, rows: int, checksum: str | None, *, known: bool) -> Iterator[None]:
+    def held(self, shard: Shard, rows: int, checksum: str | None) -> Iterator[None]:
         """As `Folder.held`: the file is fetched where the cache does not have it, or has it damaged, and stays there
         for the block."""
         while True:
@@ -178,22 +94,28 @@ class Mirror:
                     continue
                 os.utime(file.fileno())
                 try:
-                    _check(shard, rows, checksum, known or fetched)
+                    _check(shard, rows, checksum, fetched or shard.path in self._sound)
                 except StoreError:
                     if fetched:
                         raise
                     log.warning("%s in the cache is damaged and is fetched again.", shard.path)
                     shard.path.unlink()
                     continue
+                self._sound.add(shard.path)
                 yield
                 return
+
+    def map(self, shard: Shard, rows: int) -> Mapped:
+        """As `Folder.map`, but a map of its own: one that is kept would keep the room of a file taken away."""
+        return shard.map(rows)
 
     def verify(self, shard: Shard, rows: int, checksum: str | None) -> None:
         """As `Folder.verify`, of the file at the URL; the cache has no part in it."""
         receive(self.remote, self._name(shard), shard, rows, checksum, len)
 
     def expect(self, shards: Sequence[tuple[Shard, int, str | None]]) -> None:
-        """A thread fetches these shards (with rows and checksum), in their order, as many as fit into the cache.
+        """A thread fetches these shards (with rows and checksum), in their order, as many as fit into the cache; what
+        the cache has is read into memory.
 
         It says nothing of a failure: the shard is fetched again when it is needed, and then the failure is told.
         """
@@ -214,7 +136,8 @@ class Mirror:
                     return
                 shard, rows, checksum = self._expected.popleft()
             try:
-                self._fetch(shard, rows, checksum)
+                if not self._fetch(shard, rows, checksum):
+                    shard.read_through()
             except (StoreError, OSError) as error:
                 log.debug("not fetched ahead: %s", error)
 
@@ -297,11 +220,11 @@ def _no_cache(cache: Cache, error: OSError) -> StoreError:
 def receive(
     remote: Remote, name: str, shard: Shard, rows: int, checksum: str | None, write: Callable[[bytes], object]
 ) -> None:
-    """`write` has got every byte of the shard, in order; its size, header and SHA-256 are those expected.
+    """`write` has got every byte of the shard, in order; its size, header and checksum are those expected.
 
-    DamagedError: header or SHA-256 are not. StoreError: it does not come, or has another size.
+    DamagedError: header or checksum are not. StoreError: it does not come, or has another size.
     """
-    found, header = hashlib.sha256(), b""
+    found, header = new_hash(checksum), b""
     for piece in remote.pieces(name, shard.total_bytes(rows)):
         write(piece)
         of_header = PREFIX_BYTES - len(header)
@@ -309,11 +232,8 @@ def receive(
         found.update(memoryview(piece)[of_header:])
     if header != shard.prefix(rows):
         raise DamagedError(f"{remote.path(name)} has another header than its place in the store asks for.")
-    if checksum is not None and found.hexdigest() != checksum:
-        raise DamagedError(
-            f"{remote.path(name)}: SHA-256 of its {rows:,} rows is {found.hexdigest()[:12]}..., manifest.json says "
-            f"{checksum[:12]}... The store is damaged; copy it there again."
-        )
+    if checksum is not None and (told := difference(found, checksum, rows)):
+        raise DamagedError(f"{remote.path(name)}: {told} The store is damaged; copy it there again.")
 
 
 @contextmanager

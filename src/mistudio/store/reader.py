@@ -14,7 +14,7 @@ from mistudio.store.dtypes import ROWS, decode
 from mistudio.store.feed import DEFAULTS, START, Feed, FeedOptions, JointFeed, Position, local_batches
 from mistudio.store.manifest import Manifest
 from mistudio.store.mirror import Files, files_at
-from mistudio.store.shard import Shard, shard_name, site_shards, where_shard
+from mistudio.store.shard import Mapped, Shard, shard_name, site_shards, where_shard
 from mistudio.store.statistics import FILE, statistics_of
 
 
@@ -28,7 +28,6 @@ class Store:
         self.place = str(files)
         """The folder or URL."""
         self._files, self._means = files, means
-        self._sound: set[tuple[str, int]] = set()  # shards whose checksum was found right
 
     @classmethod
     def open(cls, place: str | Path, buckets: Collection[int] | None = None, *, cache: Cache | None = None) -> "Store":
@@ -86,12 +85,16 @@ class Store:
 
         StoreError: a file has another size, header or checksum than the manifest says.
         """
+        return {tensor: mapped.rows for tensor, mapped in self.mapped(site, bucket).items()}
+
+    def mapped(self, site: str, bucket: int) -> dict[str, Mapped]:
+        """As `stored`, for whoever reads them for a while, and so asks again and again whether the files were cut."""
         shards = site_shards(self.path, self._known(site), bucket, self.width(site), self.manifest.dtype)
         return {tensor: self._map(shard_name(site, tensor), shard, bucket) for tensor, shard in shards.items()}
 
     def where(self, bucket: int) -> Int32[np.ndarray, "B 3"]:
         """Token id, document and offset in the document of each row of `bucket(site, bucket)`; read-only."""
-        return self._map("where", where_shard(self.path, bucket), bucket)
+        return self._map("where", where_shard(self.path, bucket), bucket).rows
 
     def file(self, name: str) -> bytes:
         """The bytes of manifest.json or statistics.safetensors."""
@@ -133,13 +136,11 @@ class Store:
     @contextmanager
     def held(self, name: str, shard: Shard, bucket: int) -> Iterator[None]:
         """A block in which the file of a shard, as `bucket_shards` names it, is at its path and is sound."""
-        known = (name, bucket) in self._sound
-        with self._files.held(shard, self.manifest.bucket_sizes[bucket], self._checksum(name, bucket), known=known):
-            self._sound.add((name, bucket))
+        with self._files.held(shard, self.manifest.bucket_sizes[bucket], self._checksum(name, bucket)):
             yield
 
     def expect(self, sites: Sequence[str], buckets: Sequence[int]) -> None:
-        """Says which buckets will be read next, so that those elsewhere can be fetched meanwhile."""
+        """Says which buckets will be read now or next, so that fetching, reading and checking them is begun."""
         wanted = []
         for bucket in buckets:
             for site in sites:
@@ -150,9 +151,9 @@ class Store:
                 ]
         self._files.expect(wanted)
 
-    def _map(self, name: str, shard: Shard, bucket: int) -> np.ndarray:
+    def _map(self, name: str, shard: Shard, bucket: int) -> Mapped:
         with self.held(name, shard, bucket):
-            return shard.map(self.manifest.bucket_sizes[bucket])
+            return self._files.map(shard, self.manifest.bucket_sizes[bucket])
 
     def _checksum(self, name: str, bucket: int) -> str | None:
         return None if self.manifest.checksums is None else self.manifest.checksums[name][bucket]

@@ -1,101 +1,43 @@
-"""Files at a URL: the one place that knows fsspec. Read in parallel ranges, written whole, tried again where it helps.
-
-scheme               needs                       lists   writes
-s3://BUCKET/PATH     s3fs, in mistudio[s3]       yes     yes
-gs://BUCKET/PATH     gcsfs, in mistudio[gcs]     yes     yes     not tested by us
-hf://datasets/O/N    huggingface_hub             yes     yes     a commit for each file; writing is not tested by us
-http(s)://HOST/PATH  aiohttp                     no      no      the server must answer range requests
-memory://PATH        nothing                     yes     yes     of this process only, for tests
+"""Files at a URL, through fsspec: read in parallel ranges, written whole, tried again where it helps.
 
 An attempt that fails in a way that may pass (500, 503, a time-out, a broken or short answer) is repeated after each of
-`WAITS_S`: seven attempts in about half a minute. s3fs's own retries are turned off, so that these are all there are;
-gcsfs and huggingface_hub try again by themselves too.
+`WAITS_S`, seven attempts in about half a minute, unless `PATIENCE_S` have gone; only once where a host that has not
+answered yet takes no connection, since then it is the network, or the name. They are all there are for s3://, gs://
+and http://; huggingface_hub tries again by itself too. All that the kinds of URLs differ in is in `schemes`.
 """
 
-import errno
 import logging
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from mistudio.errors import StoreError
+from mistudio.store.schemes import (
+    SCHEMES,
+    ShortError,
+    is_of_credentials,
+    is_of_the_network,
+    is_refused,
+    is_short,
+    is_unreachable,
+    may_pass,
+)
 
 WAITS_S = (0.5, 1, 2, 4, 8, 16)
 """Pauses after failed attempts."""
-TIMEOUT_S = 60.0
-"""A server that says nothing for so long is asked again."""
+PATIENCE_S = 90.0
+"""No attempt begins when so much time has gone since the first."""
 PIECE_BYTES = 1 << 23
 """Bytes asked for in one request."""
 AT_ONCE = 8
 """Requests for pieces of one file that are under way at the same time."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """One kind of URL."""
-
-    install: str
-    """What to install where its package is missing."""
-    credentials: str
-    """What to set where the server wants to know who asks."""
-    options: Callable[[], dict[str, Any]]
-    """What fsspec is told."""
-    lists: bool = True
-    """Whether it can be asked which files there are; one that cannot is not written to either."""
-
-
-def _s3_options() -> dict[str, Any]:
-    once = {"total_max_attempts": 1, "mode": "standard"}
-    timeouts = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
-    return {"config_kwargs": {"retries": once, **timeouts}, "use_listings_cache": False}
-
-
-def _http_options() -> dict[str, Any]:
-    import aiohttp
-
-    return {
-        "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)}
-    }
-
-
-_HTTP: Final = Scheme(install="aiohttp", credentials="a password", options=_http_options, lists=False)
-SCHEMES: dict[str, Scheme] = {
-    "s3": Scheme(
-        install="mistudio[s3]",
-        credentials="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or for a public bucket "
-        "FSSPEC_S3='{\"anon\": true}'; AWS_ENDPOINT_URL names a server that is not Amazon's",
-        options=_s3_options,
-    ),
-    "gs": Scheme(
-        install="mistudio[gcs]",
-        credentials="GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
-        options=dict,
-    ),
-    "hf": Scheme(install="huggingface_hub", credentials="HF_TOKEN, or run `hf auth login`", options=dict),
-    "http": _HTTP,
-    "https": _HTTP,
-    "memory": Scheme(install="fsspec", credentials="nothing", options=dict),
-}
-_NETWORK_PACKAGES: Final = {
-    *("aiohttp", "aiobotocore", "asyncio", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpcore2"),
-    *("httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3"),
-}
-_CREDENTIAL_ERRORS: Final = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "DefaultCredentialsError",
-    "ProfileNotFound",
-    "TokenRetrievalError",
-)
 
 
 def url_of(place: str | Path) -> str | None:
@@ -124,21 +66,34 @@ class Remote:
     """The files below a URL, by their names relative to it."""
 
     def __init__(self, url: str):
-        """StoreError: the package for this kind of URL is not installed."""
-        import fsspec
-
+        """StoreError: the package for this kind of URL is not installed, or the credentials cannot be read."""
         self.url = url
         name = url.split("://", 1)[0]
         self.scheme = SCHEMES[name]
+        self._answered = False
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url, **self.scheme.options())
+            self._fs, self._root = self.scheme.open(url)
         except ImportError as error:
             raise StoreError(f"{name}:// needs a package: pip install '{self.scheme.install}' ({error}).") from error
-        if name == "s3":
-            self._fs.retries = 1
+        except Exception as error:
+            if not is_of_the_network(error):
+                raise
+            raise self._explained(error, "", "") from error
+        self._fs.invalidate_cache()  # what fsspec has seen before may be old
 
     def __str__(self) -> str:
         return self.url
+
+    def how_to_remove(self) -> str:
+        """The sentence that says what takes these files away; mistudio does not."""
+        tool = "the tool of that place" if self.scheme.remove is None else f"`{self.scheme.remove(self._root)}`"
+        return f"Use {tool}."
+
+    def for_writing(self) -> "Remote":
+        """Itself. StoreError: this kind of URL cannot be written to."""
+        if not self.scheme.lists:
+            raise StoreError(f"{self.url}: stores cannot be written over http. Write to s3://, gs:// or hf://.")
+        return self
 
     def path(self, name: str) -> str:
         """What a message calls the file."""
@@ -146,7 +101,7 @@ class Remote:
 
     def read(self, name: str) -> bytes:
         """All of a small file. FileNotFoundError: it is not there. StoreError: it cannot be read."""
-        return self._patiently(partial(self._fs.cat_file, self._at(name)), name)
+        return self._patiently(partial(self._fs.cat_file, self._at(name), **self.scheme.reading), name)
 
     def pieces(self, name: str, size: int) -> Iterator[bytes]:
         """The `size` bytes of a file in order, `PIECE_BYTES` at a time, `AT_ONCE` of them under way in threads.
@@ -177,16 +132,19 @@ class Remote:
         try:
             found = self._patiently(partial(self._fs.find, root, detail=True), "")
         except FileNotFoundError as error:
-            raise StoreError(f"{self.url} cannot be listed ({_reason(error)}). Make the bucket first.") from error
-        return {path[len(root) :].lstrip("/"): int(entry["size"]) for path, entry in found.items()}
+            raise StoreError(
+                f"{self.url} cannot be listed ({_reason(error)}). {self.scheme.make(self._root)}"
+            ) from error
+        names = {path[len(root) :].lstrip("/"): int(entry["size"]) for path, entry in found.items()}
+        return {name: size for name, size in names.items() if name and not name.endswith("/")}  # else marks of folders
 
     def put(self, name: str, file: Path) -> None:
         """The file is there, whole. StoreError: it cannot be written."""
-        self._written(partial(self._fs.put_file, str(file), self._at(name)), name)
+        self._written(partial(self.scheme.upload, self._fs, self._at(name), file), name)
 
     def write(self, name: str, data: bytes) -> None:
         """The file holds `data`. StoreError: it cannot be written."""
-        self._written(partial(self._fs.pipe_file, self._at(name), data), name)
+        self._written(partial(self.scheme.upload, self._fs, self._at(name), data), name)
 
     def remove(self, name: str) -> None:
         """The file is not there any more."""
@@ -196,21 +154,19 @@ class Remote:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _written(self, work: Callable[[], Any], name: str) -> None:
-        if not self.scheme.lists:
-            raise StoreError(f"{self.url}: stores cannot be written over http. Write to s3://, gs:// or hf://.")
         try:
             self._patiently(work, name)
         except FileNotFoundError as error:
             raise StoreError(
-                f"{self.path(name)} cannot be written: {_reason(error)}. Make the bucket first."
+                f"{self.path(name)} cannot be written: {_reason(error)}. {self.scheme.make(self._root)}"
             ) from error
 
     def _range(self, name: str, start: int, end: int, size: int, stop: threading.Event) -> bytes:
         def ask() -> bytes:
             beyond = 1 if end == size else 0  # a file that is too long shows itself
-            data: bytes = self._fs.cat_file(self._at(name), start=start, end=end + beyond)
+            data: bytes = self._fs.cat_file(self._at(name), start=start, end=end + beyond, **self.scheme.reading)
             if len(data) < end - start:
-                raise _ShortError(f"{len(data):,} bytes came of {end - start:,} from byte {start:,} on")
+                raise ShortError(f"{len(data):,} bytes came of {end - start:,} from byte {start:,} on")
             return data
 
         try:
@@ -228,15 +184,21 @@ class Remote:
         begun = time.monotonic()
         for attempt, pause in enumerate((*WAITS_S, None), start=1):
             try:
-                return work()
+                result = work()
+                self._answered = True
+                return result
             except FileNotFoundError:
+                self._answered = True
                 raise
             except Exception as error:
-                if not _is_of_the_network(error):
+                if not is_of_the_network(error):
                     raise
                 failure: Exception = error
-            if not _may_pass(failure) or pause is None or (stop is not None and stop.is_set()):
-                tried = f" after {attempt} attempts in {time.monotonic() - begun:.0f} s" if attempt > 1 else ""
+            waited = time.monotonic() - begun
+            self._answered |= not is_unreachable(failure)
+            hopeless = not may_pass(failure) or (not self._answered and attempt == 2)
+            if hopeless or pause is None or waited > PATIENCE_S or (stop is not None and stop.is_set()):
+                tried = f" after {attempt} attempts in {waited:.0f} s" if attempt > 1 else ""
                 raise self._explained(failure, name, tried) from failure
             log.warning("%s: %s; attempt %d follows in %s s", self.path(name), _reason(failure), attempt + 1, pause)
             if stop is not None:
@@ -246,28 +208,26 @@ class Remote:
         raise AssertionError("unreachable")
 
     def _explained(self, error: Exception, name: str, tried: str) -> StoreError:
-        what = self.path(name) if name else self.url
-        if type(error).__name__ in _CREDENTIAL_ERRORS:
-            return StoreError(f"No credentials for {what} ({_reason(error)}). Set {self.scheme.credentials}.")
-        if isinstance(error, PermissionError) or _status(error) in (401, 403):
+        what, reason = self.path(name) if name else self.url, _reason(error)
+        if is_of_credentials(error):
+            return StoreError(f"No credentials for {what} ({reason}). Set {self.scheme.credentials}.")
+        if is_refused(error):
             return StoreError(
-                f"{what} is refused to these credentials ({_reason(error)}). Ask for access, or set "
-                f"{self.scheme.credentials}."
+                f"{what} is refused to these credentials ({reason}). Ask for access, or set {self.scheme.credentials}."
             )
-        if isinstance(error, _ShortError) or "InvalidRange" in str(error):
+        if is_short(error):
             return StoreError(
-                f"{what} is shorter than manifest.json says, or its end is lost on the way: {_reason(error)}{tried}. "
-                f"{_LOST}"
+                f"{what} is shorter than manifest.json says, or its end is lost on the way: {reason}{tried}. {_LOST}"
             )
-        return StoreError(f"{what} failed{tried}: {_reason(error)}. Try again later; what is finished is kept.")
+        if not may_pass(error):
+            return StoreError(f"{what} is refused: {reason.rstrip('.')}.")
+        if not self._answered:
+            return StoreError(f"{what} cannot be reached: {reason}. Check the network and the name.")
+        return StoreError(f"{what} failed{tried}: {reason}. Try again later; what is finished is kept.")
 
 
 _LOST: Final = "Copy the store there again."
 _NO_RANGES: Final = "Use a server that answers range requests, or copy the store to a disk."
-
-
-class _ShortError(OSError):
-    """Fewer bytes came than were asked for."""
 
 
 class _Task(Generic[T]):
@@ -292,28 +252,6 @@ class _Task(Generic[T]):
             self._value.append(self._work())
         except BaseException as failure:  # handed to the thread that asks
             self._failure = failure
-
-
-def _is_of_the_network(error: BaseException) -> bool:
-    """Whether it is a failure of the connection or the server. Told by the package that it comes from, since none of
-    them can be imported here."""
-    return isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in _NETWORK_PACKAGES
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether asking again may help."""
-    if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
-        return False
-    if isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.ENOSPC):
-        return False
-    status = _status(error)
-    return status is None or status in (408, 429) or status >= 500
-
-
-def _status(error: BaseException) -> int | None:
-    """The answer's HTTP status, where the error tells it."""
-    status = vars(error).get("status", vars(error).get("code"))
-    return status if isinstance(status, int) else None
 
 
 def _reason(error: BaseException) -> str:

@@ -33,6 +33,7 @@ from mistudio.store.curve import Gate, Key, guard, host_and_port, is_loopback
 from mistudio.store.gather import row_order
 from mistudio.store.mirror import files_at
 from mistudio.store.reader import Store
+from mistudio.store.shard import Mapped
 
 ORDERS_BYTES: Final = 256 << 20
 """Orders of buckets kept at hand: 8 bytes a row; each takes about 0.1 s to make for 10^6 rows."""
@@ -100,7 +101,7 @@ class FeedServer:
         self._digest = hashlib.sha256(self._manifest).hexdigest()
         largest = max(store.manifest.bucket_sizes)
         self._order = lru_cache(max(4, ORDERS_BYTES // (8 * largest)))(row_order)
-        self._stored = lru_cache(MAPS)(store.stored)
+        self._mapped = lru_cache(MAPS)(self._bucket)
         self._waiting: dict[bytes, deque[wire.AskRows]] = {}  # of each trainer, what no thread has taken
         self._turns: deque[bytes] = deque()  # trainers with something waiting
         self._seen: dict[bytes, float] = {}  # when each last asked
@@ -243,14 +244,28 @@ class FeedServer:
                 done.send_multipart([trainer, *frames], copy=False)
 
     def _rows(self, ask: wire.AskRows) -> list[Any]:
-        if ask.start == 0:  # the trainer enters the bucket
-            self.store.expect(ask.sites, self._next_bucket(ask))
         size = self.store.manifest.bucket_sizes[ask.bucket]
         chosen = self._order(ask.seed, ask.epoch, ask.bucket, size)[ask.start : ask.start + ask.rows]
         frames: list[Any] = [wire.header(wire.RowsAre(number=ask.number))]
         for site in ask.sites:
-            frames += [np.take(rows, chosen, axis=0) for rows in self._stored(site, ask.bucket).values()]
+            frames += [self._taken(mapped, chosen) for mapped in self._mapped(site, ask.bucket).values()]
+        if ask.start == 0:  # the trainer enters the bucket
+            self.store.expect(ask.sites, self._next_bucket(ask))
         return frames
+
+    def _bucket(self, site: str, bucket: int) -> dict[str, Mapped]:
+        """A bucket of one site that was read through, so that its rows can be taken in any order."""
+        self.store.expect([site], [bucket])
+        return self.store.mapped(site, bucket)
+
+    def _taken(self, mapped: Mapped, chosen: np.ndarray) -> np.ndarray:
+        """The chosen rows. StoreError: the shard was cut; one put in its place will be looked at the next time."""
+        try:
+            mapped.refuse_cut()
+        except StoreError:
+            self._mapped.cache_clear()
+            raise
+        return np.take(mapped.rows, chosen, axis=0)
 
     def _next_bucket(self, ask: wire.AskRows) -> list[int]:
         """The bucket of this server that the epoch comes to next, if any."""

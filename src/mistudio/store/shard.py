@@ -3,12 +3,16 @@ read.
 
 The header has a fixed size, padded with spaces as the format allows, so that it can be rewritten in place once the
 number of rows is known; while the file grows it says zero rows. Every safetensors reader can open a finished shard.
+
+Reading a map at random from a cold disk waits for a page at a time; so a file that is to be mapped is read through
+first, in order and in large pieces, which is also how its checksum is worked out.
 """
 
-import hashlib
 import json
+import mmap
 import os
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from mistudio.errors import StoreError
+from mistudio.store.checksum import Hash, difference, new_hash
 from mistudio.store.dtypes import ROW_SCALE, ROWS, TENSORS
 
 PREFIX_BYTES: Final = 256  # 8 bytes of header length, then the header
@@ -27,7 +32,8 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "I8": np.dtype("i1"),
     "I32": np.dtype("<i4"),
 }
-_READ_AT_ONCE: Final = 1 << 22
+_READ_AT_ONCE: Final = 1 << 21  # the buffer stays in the processor's cache, and the disk reads as far ahead as it can
+_LOOK_EVERY: Final = 1 << 18  # bytes of a file between places that are asked whether they are in the page cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,42 +115,60 @@ class Shard:
                 f"which is {expected:,} bytes. {_DAMAGED}"
             )
 
-    def hash(self, rows: int) -> "hashlib._Hash":
-        """SHA-256 of the bytes of the first `rows` rows, that is of the file without its header; more can be added.
+    def hash(self, rows: int, like: str | None = None, mapped: "Mapped | None" = None) -> Hash:
+        """Of the bytes of the first `rows` rows, that is of the file without its header; more can be added.
 
-        The header is left out because it is rewritten at the end; `map` compares it byte by byte.
+        like: a checksum of the algorithm to use; None: the one for new shards. mapped: a map of this file that will be
+        used later, through which is read what need not come from the disk: that saves a copy, and page faults then. The
+        header is left out because it is rewritten at the end; `map` compares it byte by byte.
         """
-        found, left = hashlib.sha256(), rows * self.row_bytes
+        found, place, end = new_hash(like), PREFIX_BYTES, self.total_bytes(rows)
+        buffer = memoryview(bytearray(_READ_AT_ONCE))
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(PREFIX_BYTES)
-            while left and (piece := file.read(min(left, _READ_AT_ONCE))):
+            while place < end:
+                size = min(end - place, _READ_AT_ONCE)
+                if mapped is not None and _is_cached(file.fileno(), place, size):
+                    mapped.refuse_cut()
+                    piece = memoryview(mapped.file)[place : place + size]
+                else:
+                    file.seek(place)
+                    piece = buffer[: file.readinto(buffer[:size])]
+                if not piece:
+                    break
                 found.update(piece)
-                left -= len(piece)
+                place += len(piece)
         return found
 
-    def check_hash(self, rows: int, expected: str) -> None:
+    def check_hash(self, rows: int, expected: str, mapped: "Mapped | None" = None) -> None:
         """Nothing. StoreError: the bytes of the rows are not those that were written; O(size), reads them all."""
-        found = self.hash(rows).hexdigest()
-        if found != expected:
-            raise StoreError(
-                f"{self.path}: SHA-256 of its {rows:,} rows is {found[:12]}..., manifest.json says {expected[:12]}... "
-                f"{_DAMAGED}"
-            )
+        if told := difference(self.hash(rows, expected, mapped), expected, rows):
+            raise StoreError(f"{self.path}: {told} {_DAMAGED}")
 
-    def map(self, rows: int) -> np.ndarray:
-        """The tensor [rows, width], read-only, memory-mapped. StoreError: size or header is not as expected."""
+    def read_through(self) -> None:
+        """The file is in the page cache, as far as it fits: what is not there yet is read. OSError: it cannot be read.
+
+        Next to nothing where all is there: a place every `_LOOK_EVERY` bytes is looked at.
+        """
+        buffer = memoryview(bytearray(_READ_AT_ONCE))
+        with open(self.path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            for start in range(0, size, _READ_AT_ONCE):
+                if not _is_cached(file.fileno(), start, min(_READ_AT_ONCE, size - start)):
+                    file.seek(start)
+                    file.readinto(buffer)
+
+    def map(self, rows: int) -> "Mapped":
+        """The tensor [rows, width], memory-mapped. StoreError: size or header is not as expected."""
         self.check_size(rows)
         with open(self.path, "rb") as file:
             found = file.read(PREFIX_BYTES)
-        if found != self.prefix(rows):
-            shown = found[8:].decode("utf-8", "replace").strip()
-            expected = self.prefix(rows)[8:].decode().strip()
-            raise StoreError(f"{self.path} has the header {shown!r}; expected {expected!r}. {_DAMAGED}")
-        if rows == 0:
-            return np.zeros((0, self.width), dtype=_DTYPES[self.dtype])
-        return np.asarray(
-            np.memmap(self.path, _DTYPES[self.dtype], mode="r", offset=PREFIX_BYTES, shape=(rows, self.width))
-        )
+            if found != self.prefix(rows):
+                shown = found[8:].decode("utf-8", "replace").strip()
+                expected = self.prefix(rows)[8:].decode().strip()
+                raise StoreError(f"{self.path} has the header {shown!r}; expected {expected!r}. {_DAMAGED}")
+            mapped = mmap.mmap(file.fileno(), self.total_bytes(rows), access=mmap.ACCESS_READ)
+        flat = np.frombuffer(mapped, _DTYPES[self.dtype], offset=PREFIX_BYTES)
+        return Mapped(shard=self, rows=flat.reshape(rows, self.width), file=mapped)
 
     def prefix(self, rows: int) -> bytes:
         """The file's first `PREFIX_BYTES` bytes when it has `rows` rows."""
@@ -161,7 +185,44 @@ class Shard:
         return struct.pack("<Q", length) + text
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mapped:
+    """A shard's rows in a memory map, which keeps its file open."""
+
+    shard: Shard
+    rows: np.ndarray
+    """The tensor [rows, width], read-only."""
+    file: mmap.mmap
+
+    def refuse_cut(self) -> None:
+        """Nothing. StoreError: the file has another size than when it was mapped; one system call.
+
+        Reading rows that the file has lost would end the process (SIGBUS). To be called before rows are read: a file
+        that shrinks while they are being read, a few milliseconds for a batch, still does that. A file that was
+        removed, or replaced by another of its name, can be read to the end.
+        """
+        found, expected = self.file.size(), self.shard.total_bytes(len(self.rows))
+        if found != expected:
+            raise StoreError(
+                f"{self.shard.path} has {found:,} bytes, but had {expected:,} when reading it began: it was changed "
+                f"meanwhile. {_DAMAGED}"
+            )
+
+
 _DAMAGED: Final = "The store is damaged or mixed with another one; copy it again or collect it again."
+
+
+def _is_cached(descriptor: int, start: int, size: int) -> bool:
+    """Whether a part of a file seems to be in the page cache; False where the system does not say."""
+    if sys.platform != "linux":
+        return False
+    byte = [bytearray(1)]
+    try:
+        for place in range(start, start + size, _LOOK_EVERY):
+            os.preadv(descriptor, byte, place, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait for the disk, or the file system cannot tell
+        return False
+    return True
 
 
 def site_shards(folder: Path, site: str, bucket: int, width: int, dtype: str) -> dict[str, Shard]:

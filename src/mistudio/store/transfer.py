@@ -3,7 +3,7 @@
 While it is under way there is a copy.json where the manifest will be: the SHA-256 of that manifest, and with it of
 every shard. Run again, the copy goes on: a shard that is there with its size is left, since an object of a bucket is
 whole or absent (in a folder: since it gets its name when it is whole), and copy.json says that it is of this very
-store. Every shard is checked against its SHA-256 before it is sent. (A kill may leave the parts of a large S3 object
+store. Every shard is checked against its checksum before it is sent. (A kill may leave the parts of a large S3 object
 that was under way, which cost room until the bucket's own rule for unfinished uploads takes them away.)
 """
 
@@ -96,7 +96,7 @@ def copy_store(store: Store, to: str | Path) -> Copied:
     """
     url = url_of(to)
     if url is not None:
-        return _copied(store, Remote(url))
+        return _copied(store, Remote(url).for_writing())
     folder = folder_of(to)
     if not folder.exists():
         refuse_small_disk(folder, store.manifest.rows * store.manifest.plan.row_bytes)
@@ -120,7 +120,7 @@ def collected_to(
     begun; `collect`'s own.
     """
     spool = cache_home() / "spool" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    there = Remote(url).sizes()
+    there = Remote(url).for_writing().sizes()
     if there and not resume:
         raise StoreError(f"{url} is not empty (it holds {min(there)}). Choose another place, or add --resume.")
     if MANIFEST in there:

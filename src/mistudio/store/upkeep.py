@@ -114,8 +114,8 @@ def remove(path: Path) -> tuple[str, ...]:
     Returns the names of what is left because it is not the store's. The manifest goes first, so that a kill never
     leaves something that looks whole. StoreError: there is no store, another process writes to it, or it is at a URL.
     """
-    if url_of(path) is not None:
-        raise StoreError(f"{url_of(path)} is not removed by mistudio. Use the tool of that place, such as `aws s3 rm`.")
+    if (url := url_of(path)) is not None:
+        raise StoreError(f"{url} is not removed by mistudio. {Remote(url).how_to_remove()}")
     names = [name for name in ("manifest.json", "progress.json") if (path / name).is_file()]
     if not any(_is_ours((path / name).read_bytes()) for name in names):
         raise StoreError(f"There is no activation store at {path}, so nothing was removed.")

@@ -9,7 +9,6 @@ same portions (the portions enter the float64 sums, not the rows).
 Checksums grow with the files, so that no row is read again for them; a resume reads what is there once.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from mistudio import __version__
 from mistudio.errors import StoreError
 from mistudio.files import write_tensors
+from mistudio.store.checksum import new_hash, written
 from mistudio.store.dtypes import RowDtype, encode, stored_values
 from mistudio.store.extend import MAY_GROW, reopen
 from mistudio.store.folder import entries, lock, refuse_occupied, refuse_small_disk, sync_folder, written_in
@@ -54,7 +54,7 @@ class StoreWriter:
         """Packed rows of tokens done at the last checkpoint, as the caller counts them."""
         self.sizes = np.array(sizes, dtype=np.int64)  # [K] rows of each bucket
         self._sums = {site: torch.zeros(2, width, dtype=torch.float64) for site, width in plan.widths.items()}
-        self._hashes = {name: [hashlib.sha256() for _ in sizes] for name in self._shards(0)}
+        self._hashes = {name: [new_hash() for _ in sizes] for name in self._shards(0)}
         self._touched: set[int] = set()  # buckets written to since the last checkpoint
         self.outliers: Outliers | None = None
         """What the manifest will say of them; kept at checkpoints."""
@@ -317,7 +317,7 @@ class StoreWriter:
             bucket_sizes=tuple(self.sizes.tolist()),
             sites=sites,
             source=self.plan.source,
-            checksums={name: tuple(h.hexdigest() for h in hashes) for name, hashes in self._hashes.items()},
+            checksums={name: tuple(map(written, hashes)) for name, hashes in self._hashes.items()},
             statistics_sha256=statistics_sha256,
             ended_by=ended_by,
             outliers=self.outliers,

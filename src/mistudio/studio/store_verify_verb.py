@@ -20,7 +20,7 @@ class Config:
 
 
 def run(config: Config) -> Verification:
-    """Compares sizes, headers and SHA-256 of every file with the manifest; goes on after a bad one."""
+    """Compares sizes, headers and checksums of every file with the manifest; goes on after a bad one."""
     return verify(config.store)
 
 
