@@ -1,9 +1,14 @@
-"""What each process of tests/test_mesh.py does; and the runs, so that the test can make them on one process too."""
+"""What the processes of tests/test_mesh.py do; and the runs, so that the test can make them on one process too.
 
-import math
+python tests/mesh_worker.py FOLDER PORT...      # 6 free ports; FOLDER/store is there; exit code 0 or 1
+"""
+
+import multiprocessing
 import os
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,10 +17,11 @@ from mistudio.errors import MistudioError, TrainError
 from mistudio.mesh import SOLO, Mesh
 from mistudio.sae import SAEConfig, TranscoderConfig
 from mistudio.train import TrainConfig, initial_sae, sparse, train
+from tiny_training import Source, normal_rows
 
 D, F, B = 6, 16, 24
 CFG = TrainConfig(
-    steps=12,
+    steps=8,
     batch_rows=B,
     sparsity_weight=0.3,
     sparsity_warmup_steps=4,
@@ -28,7 +34,7 @@ CFG = TrainConfig(
     b_dec_init="mean",
     dead_after_rows=3 * B,
     log_every=5,
-    checkpoint_every=4,
+    checkpoint_every=3,
     engine="sparse",
 )
 TARGET = {"target_l0": 3.0, "sparsity_weight": 1.0}
@@ -48,7 +54,7 @@ RUNS = {
     "prefixes": replace(CFG, prefixes=(0.25, 0.75)),
     "prefixes-dense": replace(CFG, prefixes=(0.25, 0.75), engine="dense"),
     "blocks": replace(CFG, prefixes=(0.25,), engine="dense", micro_features=3, sparsity="target_mean_l0", **TARGET),
-    "topk": replace(CFG, architecture="topk", k=3, aux_k=2, sparsity_weight=0.0, dead_after_rows=2),
+    "topk": replace(CFG, architecture="topk", k=2, aux_k=2, sparsity_weight=0.0, dead_after_rows=2),
     "transcoder": replace(CFG, b_dec_init="zero"),
 }
 CROSSOVER = 0.3
@@ -60,49 +66,35 @@ SAE = SAEConfig(d_model=D, d_sae=F, scale=2.0, hook_name="layers.1.resid_post", 
 TRANSCODER = TranscoderConfig(d_model=D, d_sae=F, d_out=4, scale=2.0, scale_out=1.0, skip=True)
 
 
-class Source:
-    """The rows of a batch that belong to this process; `fail_at`: the batch at which all processes die."""
+def rows_here(mesh, pairs=False, **options):
+    """The rows of every batch that belong to this process: x, or (x, y) for the transcoder."""
+    rows = B // mesh.rows
+    mine = slice(mesh.row_rank * rows, (mesh.row_rank + 1) * rows)
 
-    def __init__(self, mesh, pairs=False, fail_at=None):
-        self.mesh, self.pairs, self.fail_at, self.place = mesh, pairs, fail_at, 0
+    def batch(place):
+        x = normal_rows(place, B, D)[mine]
+        return (x, x[:, :4].square()) if pairs else x
 
-    def state(self):
-        return {"place": self.place}
-
-    def restore(self, state):
-        self.place = state["place"]
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.place == self.fail_at:
-            raise RuntimeError("the machine went away")
-        self.place += 1
-        generator = torch.Generator().manual_seed(self.place)
-        x = torch.randn(B, D, generator=generator) / math.sqrt(D)
-        rows = B // self.mesh.rows
-        mine = slice(self.mesh.row_rank * rows, (self.mesh.row_rank + 1) * rows)
-        return (x[mine], x[mine, :4].square()) if self.pairs else x[mine]
+    return Source(batch, **options)
 
 
 def run(name, folder, mesh=SOLO, fail_at=None, resume=False):
     """One of RUNS."""
     cfg, pairs = RUNS[name], name == "transcoder"
     sae = initial_sae(TRANSCODER if pairs else SAE, cfg, mesh)
-    return train(sae, Source(mesh, pairs, fail_at), cfg, folder=folder, mesh=mesh, resume=resume)
+    return train(sae, rows_here(mesh, pairs, fail_at=fail_at), cfg, folder=folder, mesh=mesh, resume=resume)
 
 
 def run_group(folder, mesh=SOLO):
     """Two SAEs on one stream."""
     cfgs = [RUNS["sparse"], RUNS["dense-mean"]]
-    return train([initial_sae(SAE, cfg, mesh) for cfg in cfgs], Source(mesh), cfgs, folder=folder, mesh=mesh)
+    return train([initial_sae(SAE, cfg, mesh) for cfg in cfgs], rows_here(mesh), cfgs, folder=folder, mesh=mesh)
 
 
 def stopped(name, folder, mesh):
-    """A run that dies after its checkpoint of step 8."""
+    """A run that dies after its checkpoint of step 6."""
     try:
-        run(name, folder, mesh, fail_at=10)
+        run(name, folder, mesh, fail_at=7)
     except RuntimeError:
         return
 
@@ -146,9 +138,6 @@ def mesh_of(rank, size, features, port, timeout_s=60.0):
 
 def worker(rank, ports, folder, said):
     """One of four processes; they form one mesh after another."""
-    torch.set_num_threads(1)
-    sparse.CROSSOVER = CROSSOVER
-    os.fsync = lambda descriptor: None
     ports = iter(ports)
     for shape, size, features in (("features", 2, 2), ("rows", 2, 1), ("grid", 4, 2)):
         port = next(ports)
@@ -177,7 +166,7 @@ def worker(rank, ports, folder, said):
 
 def _lose_one(rank, port, folder, said):
     """Process 1 hangs, then is gone; what process 0 says of it."""
-    with mesh_of(rank, 2, 2, port, timeout_s=0.5) as mesh:
+    with mesh_of(rank, 2, 2, port, timeout_s=1.0) as mesh:
         if rank == 1:
             said.wait()
             os._exit(0)
@@ -186,3 +175,26 @@ def _lose_one(rank, port, folder, said):
         except TrainError as error:
             (folder / "said").write_text(str(error))
         said.set()
+
+
+def main(folder, *ports):
+    """Four forked processes, so that all is imported and compiled kernels are loaded once; how many of them failed."""
+    torch.set_num_threads(1)
+    sparse.CROSSOVER = CROSSOVER
+    os.fsync = lambda descriptor: None
+    stopped("sparse", folder / "from-1-on-4", SOLO)
+    context = multiprocessing.get_context("fork")
+    said = context.Event()
+    processes = [context.Process(target=worker, args=(rank, ports, folder, said)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    ends = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return sum(end != 0 for end in ends)
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(Path(sys.argv[1]), *sys.argv[2:])))

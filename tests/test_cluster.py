@@ -24,11 +24,6 @@ from tiny_models import tiny_gemma2, tiny_tokenizer
 HOW = ClusterConfig(workers=3, slice_tokens=128)
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory) -> CollectConfig:
     folder = tmp_path_factory.mktemp("cluster")

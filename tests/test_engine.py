@@ -11,10 +11,10 @@ import torch
 from mistudio.errors import TrainError
 from mistudio.sae import SAEConfig
 from mistudio.train import TrainConfig, initial_sae, sparse, train
-from mistudio.train.loss import loss, loss_and_gradients
-from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
+from mistudio.train.loss import loss
 from mistudio.train.sparse import SparseStep
 from mistudio.train.state import TrainState
+from tiny_training import Source, adam_of, dense_step, feature_major, files, normal_rows, parameters, same_bits
 
 pytest.importorskip("numba")
 
@@ -43,8 +43,7 @@ NAMES = ("W_enc", "b_enc", "theta", "W_dec", "b_dec")
 
 
 def batch(seed=0, rows=B, width=D):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator) / math.sqrt(width)
+    return normal_rows(seed, rows, width)
 
 
 def sae_of(cfg, dtype=torch.float32, config=SAE, silent=5):
@@ -56,28 +55,7 @@ def sae_of(cfg, dtype=torch.float32, config=SAE, silent=5):
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
         sae.theta.add_(0.2 * torch.rand(sae.theta.shape, generator=generator))
         sae.theta[:silent] = 5.0
-    sae = sae.to(dtype)
-    with torch.no_grad():
-        normalise_rows_(sae.W_dec)
-    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-    return sae
-
-
-def adam_of(sae, cfg, eps=None):
-    return Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps if eps is None else eps)
-
-
-def dense_step(sae, x, cfg, adam, weight, lr):
-    terms, gradients = loss_and_gradients(sae, x, cfg, weight)
-    remove_parallel_(gradients["W_dec"], sae.W_dec)
-    adam.update(gradients, lr)
-    with torch.no_grad():
-        normalise_rows_(sae.W_dec)
-    return terms
-
-
-def parameters(sae):
-    return {name: p.detach().clone() for name, p in sae.named_parameters()}
+    return feature_major(sae.to(dtype))
 
 
 def edge(sae, x, cfg):
@@ -287,32 +265,6 @@ def test_the_same_steps_give_the_same_bits_on_any_number_of_threads():
         assert different == []
 
 
-class Source:
-    """A source that knows its place and may fail at one."""
-
-    def __init__(self, fail_at=None):
-        self.place, self.fail_at = 0, fail_at
-
-    def state(self):
-        return {"place": self.place}
-
-    def restore(self, state):
-        self.place = state["place"]
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.place == self.fail_at:
-            raise RuntimeError("the machine went away")
-        self.place += 1
-        return batch(self.place)
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in [folder / "metrics.jsonl", *sorted((folder / "checkpoints").iterdir())]}
-
-
 def run(folder, cfg, source, resume=False):
     return train(initial_sae(SAE, cfg), source, cfg, folder=folder, resume=resume).sae
 
@@ -338,22 +290,21 @@ def crossover(monkeypatch):
 @pytest.mark.parametrize("cfg", [CFG, AUTO], ids=["sparse", "auto"])
 @pytest.mark.parametrize("died", [8, 14, 27])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, crossover, cfg, died):
-    whole = run(tmp_path / "whole", cfg, Source())
+    whole = run(tmp_path / "whole", cfg, Source(batch))
     with pytest.raises(RuntimeError):
-        run(tmp_path / "run", cfg, Source(fail_at=died))
-    resumed = run(tmp_path / "run", cfg, Source(), resume=True)
+        run(tmp_path / "run", cfg, Source(batch, fail_at=died))
+    resumed = run(tmp_path / "run", cfg, Source(batch), resume=True)
     assert files(tmp_path / "run") == files(tmp_path / "whole")
-    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert same_bits(whole, resumed)
 
 
 def test_when_checkpoints_are_written_leaves_no_trace(tmp_path):
-    saes = [run(tmp_path / str(every), replace(CFG, checkpoint_every=every), Source()) for every in (3, 10, 1000)]
-    for other in saes[1:]:
-        assert all(torch.equal(*pair) for pair in zip(saes[0].parameters(), other.parameters(), strict=True))
+    saes = [run(tmp_path / str(every), replace(CFG, checkpoint_every=every), Source(batch)) for every in (3, 10, 1000)]
+    assert same_bits(*saes)
 
 
 def test_the_trained_weights_are_contiguous_again():
-    sae = train(initial_sae(SAE, CFG), Source(), CFG).sae
+    sae = train(initial_sae(SAE, CFG), Source(batch), CFG).sae
     assert all(p.is_contiguous() for p in sae.parameters())
 
 
@@ -361,7 +312,7 @@ def test_the_trained_weights_are_contiguous_again():
 
 
 def test_auto_is_dense_until_the_code_is_sparse(crossover):
-    train(initial_sae(SAE, AUTO), Source(), AUTO)
+    train(initial_sae(SAE, AUTO), Source(batch), AUTO)
     first = crossover[0]
     assert 0 < first < 20
     assert crossover == list(range(first, AUTO.steps))
@@ -369,7 +320,7 @@ def test_auto_is_dense_until_the_code_is_sparse(crossover):
 
 def test_auto_ends_where_dense_ends_but_for_rounding(crossover):
     cfg = replace(AUTO, adam_eps=1e-3)
-    ends = [train(initial_sae(SAE, c), Source(), c).sae for c in (cfg, replace(cfg, engine="dense"))]
+    ends = [train(initial_sae(SAE, c), Source(batch), c).sae for c in (cfg, replace(cfg, engine="dense"))]
     assert crossover
     for name in NAMES:
         ours, theirs = (parameters(sae)[name] for sae in ends)
@@ -377,7 +328,7 @@ def test_auto_ends_where_dense_ends_but_for_rounding(crossover):
 
 
 def test_dense_is_never_sparse(crossover):
-    train(initial_sae(SAE, CFG), Source(), replace(CFG, engine="dense"))
+    train(initial_sae(SAE, CFG), Source(batch), replace(CFG, engine="dense"))
     assert crossover == []
 
 
@@ -391,16 +342,16 @@ def no_numba(monkeypatch):
 
 def test_without_numba_auto_is_dense_and_says_so_once(no_numba, crossover, recwarn):
     for _ in range(2):
-        train(initial_sae(SAE, AUTO), Source(), AUTO)
+        train(initial_sae(SAE, AUTO), Source(batch), AUTO)
     assert crossover == []
     assert [str(w.message)[:22] for w in recwarn if "numba" in str(w.message)] == ["numba is not installed"]
 
 
 def test_without_numba_sparse_runs_as_defined(no_numba, crossover):
     with pytest.warns(UserWarning, match="pip install numba"):
-        done = train(initial_sae(SAE, CFG), Source(), CFG)
+        done = train(initial_sae(SAE, CFG), Source(batch), CFG)
     assert len(crossover) == CFG.steps
-    dense = train(initial_sae(SAE, CFG), Source(), replace(CFG, engine="dense"))
+    dense = train(initial_sae(SAE, CFG), Source(batch), replace(CFG, engine="dense"))
     assert done.history[0]["loss"] == pytest.approx(dense.history[0]["loss"], rel=1e-4)
 
 

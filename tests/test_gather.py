@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_begin_with_a_cache_line_gets_the_same_bits(always
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**64 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_compiled_order_is_the_order(size, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "WORTH_BYTES", 0)

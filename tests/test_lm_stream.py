@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mistudio.lm.generate import Sampling, _choose
@@ -31,7 +31,6 @@ def test_the_pieces_heard_are_the_texts_that_come_back(lm, temperature):
         assert set(generation.text[len(text) :]) <= {"�"}  # only a character that never became whole is missing
 
 
-@settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="�"), max_size=12))
 def test_characters_of_several_tokens_come_whole(text):
     lm = tiny_lm()

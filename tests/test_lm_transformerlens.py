@@ -1,12 +1,14 @@
 """Our sites on Gemma 2 against TransformerLens's hooks, on the same random weights."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from mistudio.lm import KINDS, LanguageModel, Site
 from tiny_models import tiny_gemma2, tiny_tokenizer
 
-pytest.importorskip("transformer_lens", reason="TransformerLens is not installed")
+pytestmark = pytest.mark.skipif(find_spec("transformer_lens") is None, reason="TransformerLens is not installed")
 TOKENS = torch.randint(4, 260, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

@@ -1,9 +1,7 @@
 """Several SAEs on one stream: each ends with the bits of its run alone, whatever the others do."""
 
 import json
-import math
 import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -15,6 +13,7 @@ from mistudio.sae import JumpReLUSAE, SAEConfig, TranscoderConfig
 from mistudio.train import BySite, Interrupted, TrainConfig, initial_sae, screen, train
 from test_store import A, make
 from test_store import B as B_SITE
+from tiny_training import Source, files, normal_rows
 
 B = 16
 WIDTHS = {"layers.1.resid_post": 8, "layers.2.mlp_out": 6}
@@ -41,50 +40,17 @@ SWEEP = [
 
 
 def rows(place, site=FIRST):
-    generator = torch.Generator().manual_seed(1000 * place + WIDTHS[site])
-    return torch.randn(B, WIDTHS[site], generator=generator) / math.sqrt(WIDTHS[site])
+    return normal_rows(1000 * place + WIDTHS[site], B, WIDTHS[site])
 
 
-class Source:
-    """A feed of one site, which knows its place; `fail_at`: where the process dies, `signal_at`: is signalled."""
-
-    def __init__(self, fail_at=None, signal_at=None, site=FIRST):
-        self.place, self.fail_at, self.signal_at, self.site, self.read = 0, fail_at, signal_at, site, 0
-
-    def state(self):
-        return {"site": self.site, "place": self.place}
-
-    def restore(self, state):
-        assert state["site"] == self.site
-        self.place = state["place"]
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.place == self.fail_at:
-            raise RuntimeError("the machine went away")
-        if self.place == self.signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.place, self.read = self.place + 1, self.read + 1
-        return self.batch()
-
-    def batch(self):
-        return rows(self.place, self.site)
+def feed(site=FIRST, **options):
+    """A feed of one site."""
+    return Source(lambda place: rows(place, site), who={"site": site}, **options)
 
 
-class Joint(Source):
-    """A feed of both sites in step, as a store's joint_feed is."""
-
-    def state(self):
-        return {"sites": list(WIDTHS), "place": self.place}
-
-    def restore(self, state):
-        assert state["sites"] == list(WIDTHS)
-        self.place = state["place"]
-
-    def batch(self):
-        return tuple(rows(self.place, site) for site in WIDTHS)
+def joint_feed(**options):
+    """A feed of both sites in step, as a store's is."""
+    return Source(lambda place: tuple(rows(place, site) for site in WIDTHS), who={"sites": list(WIDTHS)}, **options)
 
 
 def sae_of(cfg, width, site=FIRST):
@@ -93,16 +59,12 @@ def sae_of(cfg, width, site=FIRST):
 
 
 def alone(folder, cfg, width, source=None, site=FIRST, **options):
-    return train(sae_of(cfg, width, site), source or Source(site=site), cfg, folder=folder, **options)
+    return train(sae_of(cfg, width, site), source or feed(site), cfg, folder=folder, **options)
 
 
 def together(folder, sweep=SWEEP, source=None, **options):
     saes = [sae_of(cfg, width) for cfg, width in sweep]
-    return train(saes, source or Source(), [cfg for cfg, _ in sweep], folder=folder, **options)
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return train(saes, source or feed(), [cfg for cfg, _ in sweep], folder=folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +77,7 @@ def solo(tmp_path_factory):
 
 
 def test_every_run_of_a_group_leaves_the_files_of_its_run_alone(tmp_path, solo):
-    source = Source()
+    source = feed()
     runs = together(tmp_path, source=source)
     assert files(tmp_path) == solo  # weights, metrics, checkpoints, run.json
     assert source.read == CFG.steps  # the stream was read once
@@ -135,16 +97,16 @@ def test_a_group_without_folders_gives_the_same_weights(tmp_path, solo):
 @pytest.mark.parametrize("died", [2, 8, 11, 19])
 def test_a_killed_group_resumes_to_the_same_bits(tmp_path, solo, died):
     with pytest.raises(RuntimeError):
-        together(tmp_path, source=Source(fail_at=died))
+        together(tmp_path, source=feed(fail_at=died))
     together(tmp_path, resume=True)
     assert files(tmp_path) == solo
 
 
 def test_a_group_that_was_killed_between_two_of_its_checkpoints_resumes_to_the_same_bits(tmp_path, solo):
     with pytest.raises(RuntimeError):
-        together(tmp_path, source=Source(fail_at=13))
+        together(tmp_path, source=feed(fail_at=13))
     (tmp_path / "002" / "checkpoints" / "step-000000012.safetensors").unlink()  # the third had not come to it
-    source = Source()
+    source = feed()
     together(tmp_path, source=source, resume=True)
     assert files(tmp_path) == solo
     assert source.read == CFG.steps - 8
@@ -154,7 +116,7 @@ def test_a_run_can_be_added_to_a_finished_group(tmp_path, solo):
     together(tmp_path, SWEEP[:2])
     together(tmp_path, resume=True)
     assert files(tmp_path) == solo
-    source = Source()
+    source = feed()
     assert [run.steps for run in together(tmp_path, source=source, resume=True)] == [20, 20, 20]
     assert source.read == 0
     assert files(tmp_path) == solo
@@ -173,8 +135,8 @@ def test_runs_of_different_lengths_each_do_their_steps(tmp_path, solo):
     longer = replace(CFG, steps=26, lr_decay_fraction=0.5)
     sweep = [*SWEEP, (longer, 24)]
     with pytest.raises(RuntimeError):
-        together(tmp_path, sweep, source=Source(fail_at=23))
-    source = Source()
+        together(tmp_path, sweep, source=feed(fail_at=23))
+    source = feed()
     runs = together(tmp_path, sweep, source=source, resume=True)
     assert [run.steps for run in runs] == [20, 20, 20, 26]
     assert source.read == 26 - 20
@@ -186,7 +148,7 @@ def test_runs_of_different_lengths_each_do_their_steps(tmp_path, solo):
 
 def test_a_signal_saves_every_run(tmp_path, solo):
     with pytest.raises(Interrupted, match="after step 7 of 20; a checkpoint is in the 3 runs' folders"):
-        together(tmp_path, source=Source(signal_at=6))
+        together(tmp_path, source=feed(signal_at=6))
     assert len(list(tmp_path.glob("*/checkpoints/step-000000007.safetensors"))) == 3
     together(tmp_path, resume=True)
     assert files(tmp_path) == solo
@@ -196,9 +158,9 @@ def test_sites_share_one_stream_and_each_sae_reads_its_own(tmp_path):
     saes = [sae_of(CFG, 24, FIRST), sae_of(CFG, 16, SECOND), sae_of(replace(CFG, seed=3), 24, FIRST)]
     cfgs = [CFG, CFG, replace(CFG, seed=3)]
     with pytest.raises(RuntimeError):
-        train(saes, BySite(Joint(fail_at=10), list(WIDTHS)), cfgs, folder=tmp_path / "joint")
+        train(saes, BySite(joint_feed(fail_at=10), list(WIDTHS)), cfgs, folder=tmp_path / "joint")
     saes = [sae_of(CFG, 24, FIRST), sae_of(CFG, 16, SECOND), sae_of(replace(CFG, seed=3), 24, FIRST)]
-    train(saes, BySite(Joint(), list(WIDTHS)), cfgs, folder=tmp_path / "joint", resume=True)
+    train(saes, BySite(joint_feed(), list(WIDTHS)), cfgs, folder=tmp_path / "joint", resume=True)
     for i, (cfg, sae) in enumerate(zip(cfgs, saes, strict=True)):
         alone(tmp_path / "solo" / f"{i:03d}", cfg, sae.config.d_sae, site=sae.config.hook_name)
     assert files(tmp_path / "joint") == files(tmp_path / "solo")  # the checkpoints say the place in the site's own feed
@@ -207,7 +169,7 @@ def test_sites_share_one_stream_and_each_sae_reads_its_own(tmp_path):
 def test_a_run_that_began_among_other_sites_can_go_on_alone(tmp_path):
     saes = [sae_of(CFG, 24, FIRST), sae_of(CFG, 16, SECOND)]
     with pytest.raises(RuntimeError):
-        train(saes, BySite(Joint(fail_at=10), list(WIDTHS)), CFG, folder=tmp_path)
+        train(saes, BySite(joint_feed(fail_at=10), list(WIDTHS)), CFG, folder=tmp_path)
     alone(tmp_path / "001", CFG, 16, site=SECOND, resume=True)
     alone(tmp_path / "alone", CFG, 16, site=SECOND)
     assert files(tmp_path / "001") == files(tmp_path / "alone")
@@ -216,7 +178,7 @@ def test_a_run_that_began_among_other_sites_can_go_on_alone(tmp_path):
 def test_each_run_starts_at_the_mean_it_was_given():
     cfg, mean = replace(CFG, steps=1, lr=1e-12), torch.full((8,), 0.25)
     saes = [sae_of(cfg, 24), sae_of(cfg, 24)]
-    train(saes, Source(), cfg, mean=[mean, None])
+    train(saes, feed(), cfg, mean=[mean, None])
     torch.testing.assert_close(saes[0].b_dec.detach(), mean)
     torch.testing.assert_close(saes[1].b_dec.detach(), rows(1).mean(0))
 
@@ -248,7 +210,7 @@ def test_one_run_that_fails_leaves_the_others_alone(tmp_path, solo, capsys):
 )
 def test_groups_that_do_not_go_together_are_refused(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
-    given = {"batches": BySite(Joint(), list(WIDTHS)), "cfg": CFG, **change}
+    given = {"batches": BySite(joint_feed(), list(WIDTHS)), "cfg": CFG, **change}
     with pytest.raises(TrainError, match=message):
         train([sae_of(CFG, 24, FIRST), sae_of(CFG, 24, SECOND)], **given)
     assert list(tmp_path.iterdir()) == []
@@ -279,7 +241,7 @@ def test_saes_that_take_sparse_steps_on_the_same_rows_search_them_together(monke
     sites = [FIRST, FIRST, FIRST, FIRST, SECOND]
     widths = [24, 70, 30, 24, 24]
     saes = [sae_of(*each) for each in zip(cfgs, widths, sites, strict=True)]
-    train(saes, BySite(Joint(), list(WIDTHS)), cfgs, folder=tmp_path / "joint")
+    train(saes, BySite(joint_feed(), list(WIDTHS)), cfgs, folder=tmp_path / "joint")
     assert sizes == [3, 1] * CFG.steps
     for i, (cfg, width, site) in enumerate(zip(cfgs, widths, sites, strict=True)):
         alone(tmp_path / "solo" / f"{i:03d}", cfg, width, site=site)
@@ -292,11 +254,11 @@ def test_transcoders_read_pairs_or_their_two_sites(tmp_path):
         scale=2.0, scale_out=3.0,
     )  # fmt: skip
     group = [initial_sae(config, CFG), sae_of(CFG, 24, SECOND)]
-    train(group, BySite(Joint(), list(WIDTHS)), CFG, folder=tmp_path / "joint")
-    train(initial_sae(config, CFG), Joint(), CFG, folder=tmp_path / "pairs")
+    train(group, BySite(joint_feed(), list(WIDTHS)), CFG, folder=tmp_path / "joint")
+    train(initial_sae(config, CFG), joint_feed(), CFG, folder=tmp_path / "pairs")
     assert files(tmp_path / "joint" / "000") == files(tmp_path / "pairs")
     with pytest.raises(TrainError, match="A batch has 2 tensors; expected 1: x alone for an SAE"):
-        alone(tmp_path / "wrong", CFG, 24, source=Joint())
+        alone(tmp_path / "wrong", CFG, 24, source=joint_feed())
 
 
 # --- the command line

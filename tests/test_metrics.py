@@ -41,7 +41,6 @@ def test_predicting_the_data_set_mean_has_fvu_one():
     assert ReconstructionSums.of(x, x.double().mean(0).expand_as(x)).fvu == pytest.approx(1, abs=1e-14)
 
 
-@settings(deadline=None, max_examples=60)
 @given(cuts=CHUNKS, seed=st.integers(0, 5), offset=st.sampled_from([0.0, 7.0, -1000.0]))
 def test_fvu_does_not_depend_on_how_rows_are_cut(cuts, seed, offset):
     x, x_hat = _rows(seed, offset)
@@ -89,7 +88,6 @@ def test_rows_that_do_not_vary_have_no_fvu():
     assert ReconstructionSums.of(x + torch.eye(7, 2) * 1e-8, x).varies
 
 
-@settings(deadline=None, max_examples=60)
 @given(cuts=CHUNKS, seed=st.integers(0, 5))
 def test_feature_numbers_equal_the_dense_ones_however_rows_are_cut(cuts, seed):
     f = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed)).sub(0.5).clamp(min=0)
@@ -113,7 +111,7 @@ def test_l0_weighs_rows_not_batches():
     assert (FeatureSums.of(few) + FeatureSums.of(many)).l0 == pytest.approx((4 + 9) / 10)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cuts=CHUNKS)
 def test_mean_loss_weighs_predictions_however_rows_are_cut(cuts):
     generator = torch.Generator().manual_seed(2)

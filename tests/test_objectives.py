@@ -1,8 +1,6 @@
 """Every architecture that is trained: its loss is its equation, its engines agree, and it is released as trained."""
 
-import itertools
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -19,12 +17,13 @@ from mistudio.train.loss import loss, loss_and_gradients
 from mistudio.train.objectives import objective_of
 from mistudio.train.objectives.auxk import auxiliary_loss
 from mistudio.train.objectives.batchtopk import AVERAGED_STEPS, largest_of_batch
-from mistudio.train.optimizer import Adam, clip_factor, normalise_rows_, remove_parallel_
+from mistudio.train.optimizer import clip_factor
 from mistudio.train.sparse import SparseStep
 from mistudio.train.state import TrainState
 from test_store import A as SITE
 from test_store import B as SITE_OUT
 from test_store import make
+from tiny_training import Source, adam_of, dense_step, feature_major, files, normal_rows, parameters, same_bits
 
 pytest.importorskip("numba")
 
@@ -75,13 +74,9 @@ EVERY = pytest.mark.parametrize("case", CASES)
 ENGINES = pytest.mark.parametrize("compiled", [False, True])
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(shape[-1])
-
-
 def batch(config, seed=0, dtype=torch.float32, rows=B):
     """(x,), or (x, y) for a transcoder."""
-    x, y = draw(rows, D, seed=seed).to(dtype), draw(rows, E, seed=100 + seed).to(dtype)
+    x, y = normal_rows(seed, rows, D).to(dtype), normal_rows(100 + seed, rows, E).to(dtype)
     return (x, y) if isinstance(config, TranscoderConfig) else (x,)
 
 
@@ -95,15 +90,11 @@ def sae_of(cfg, config, dtype=torch.float32):
     with torch.no_grad():
         for i, (name, p) in enumerate(sae.named_parameters()):
             if name != "theta":
-                p.add_(0.3 * draw(*p.shape, seed=10 + i))
+                p.add_(0.3 * normal_rows(10 + i, *p.shape))
         sae.b_enc[:5] -= 0.2
         if cfg.trains_threshold:
             sae.theta.add_(0.2 * torch.rand(F, generator=torch.Generator().manual_seed(3)))
-    sae = sae.to(dtype)
-    with torch.no_grad():
-        normalise_rows_(sae.W_dec)
-    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-    return sae
+    return feature_major(sae.to(dtype))
 
 
 def dead_of(cfg):
@@ -111,25 +102,9 @@ def dead_of(cfg):
     return None if cfg.aux_k is None else torch.tensor([j < 7 or j == 20 for j in range(F)])
 
 
-def parameters(sae):
-    return {name: p.detach().clone() for name, p in sae.named_parameters()}
-
-
-def adam_of(sae, cfg, eps=None):
-    return Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps if eps is None else eps)
-
-
-def dense_step(sae, tensors, cfg, adam, weight, lr):
+def dense_update(sae, tensors, cfg, adam, weight, lr):
     x, *y = tensors
-    terms, gradients = loss_and_gradients(sae, x, cfg, weight, *(y or [None]), dead_of(cfg))
-    remove_parallel_(gradients["W_dec"], sae.W_dec)
-    if cfg.clip_norm is not None:
-        factor = clip_factor(gradients.values(), cfg.clip_norm)
-        gradients = {name: g * factor for name, g in gradients.items()}
-    adam.update(gradients, lr)
-    with torch.no_grad():
-        normalise_rows_(sae.W_dec)
-    return terms
+    return dense_step(sae, x, cfg, adam, weight, lr, *(y or [None]), dead_of(cfg))
 
 
 def sparse_step(sae, tensors, cfg, adam, weight, lr, compiled):
@@ -172,7 +147,7 @@ def test_the_sparse_step_as_defined_is_the_dense_step_in_float64(case):
     sparse, dense = (sae_of(cfg, config, torch.float64) for _ in range(2))
     tensors = batch(config, dtype=torch.float64)
     ours = sparse_step(sparse, tensors, cfg, adam_of(sparse, cfg), 0.3, 0.01, compiled=False)
-    theirs = dense_step(dense, tensors, cfg, adam_of(dense, cfg), 0.3, 0.01)
+    theirs = dense_update(dense, tensors, cfg, adam_of(dense, cfg), 0.3, 0.01)
     for name in parameters(sparse):
         torch.testing.assert_close(parameters(sparse)[name], parameters(dense)[name], atol=1e-12, rtol=1e-12)
     for name in ("loss", "mse", "l0", "fired"):
@@ -189,7 +164,7 @@ def test_every_gradient_is_that_of_the_dense_float64_step_to_float32_rounding(ca
     tensors, before = batch(config), parameters(dense)
     ours, theirs = adam_of(sparse, cfg, eps), adam_of(dense, cfg, eps)
     terms = sparse_step(sparse, tensors, cfg, ours, 0.3, 0.1 * eps, compiled)
-    expected = dense_step(dense, [t.double() for t in tensors], cfg, theirs, 0.3, 0.1 * eps)
+    expected = dense_update(dense, [t.double() for t in tensors], cfg, theirs, 0.3, 0.1 * eps)
     for name in trained(dense, cfg):
         moved, wanted = (parameters(s)[name].double() - before[name] for s in (sparse, dense))
         torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-5)
@@ -210,7 +185,7 @@ def test_a_step_in_blocks_of_features_is_the_dense_step_in_float64(case, micro_f
     for seed in range(3):
         x, *y = tensors = batch(config, seed, torch.float64)
         ours = blocked_update(blocked, adams[0], x, *(y or [x]), cfg, 0.3, 0.01)
-        theirs = dense_step(dense, tensors, cfg, adams[1], 0.3, 0.01)
+        theirs = dense_update(dense, tensors, cfg, adams[1], 0.3, 0.01)
         for name in ("loss", "mse", "l0", "fired"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-10, rtol=1e-10)
     for name in parameters(blocked):
@@ -253,7 +228,7 @@ def test_entries_that_were_found_before_give_the_same_step(case):
     code = states[1].objective.entries(step, x, sae.threshold.detach(), cfg)
     states[0].update(x, *y)
     states[1].update(x, *(y or [None]), code)
-    assert all(torch.equal(*pair) for pair in zip(states[0].sae.parameters(), sae.parameters(), strict=True))
+    assert same_bits(states[0].sae, sae)
 
 
 # --- the equations
@@ -336,7 +311,7 @@ def test_topks_bound_lies_below_nearly_all_rows_kth_values():
 
 @pytest.mark.parametrize("rows", [1, 5, B])
 def test_batchtopk_keeps_the_largest_of_the_batch_however_it_is_cut(rows):
-    z = draw(B, F, seed=4)
+    z = normal_rows(4, B, F)
     cut, values, at, features = largest_of_batch(iter(z.split(rows)), 100)
     expected = z.flatten().topk(100).values
     assert cut == expected[-1]
@@ -439,7 +414,7 @@ def test_auxks_gradient_reaches_the_dead_features_encoder_and_decoder():
 
 def test_auxks_definition_equals_finite_differences_with_its_target_held():
     sae, (x,) = sae_of(TOPK, SAE, torch.float64), batch(SAE, dtype=torch.float64)
-    residual, dead = draw(B, D, seed=8).double(), dead_of(replace(TOPK, aux_k=6))
+    residual, dead = normal_rows(8, B, D).double(), dead_of(replace(TOPK, aux_k=6))
 
     def value():
         return auxiliary_loss(sae.pre_activations(x), sae.W_dec, residual, dead, 6, 0.25)
@@ -573,17 +548,13 @@ def test_a_skip_without_a_target_is_refused(tmp_path, capsys):
 
 
 def sources(config, fail_at=None):
-    """Endless batches; `fail_at`: where the process dies."""
-    for place in itertools.count():
-        if place == fail_at:
-            raise RuntimeError("the machine went away")
+    """Batches as `train` wants them: x alone, or (x, y)."""
+
+    def one(place):
         tensors = batch(config, place)
-        yield tensors if len(tensors) > 1 else tensors[0]
+        return tensors if len(tensors) > 1 else tensors[0]
 
-
-def files(folder):
-    names = [folder / "metrics.jsonl", folder / "sae.safetensors", *sorted((folder / "checkpoints").iterdir())]
-    return {p.name: p.read_bytes() for p in names}
+    return Source(one, fail_at=fail_at)
 
 
 @pytest.mark.parametrize("case", ["batchtopk-aux", "topk-aux", "coder-skip", "gemma-scope-2"])

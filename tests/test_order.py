@@ -17,7 +17,6 @@ ROWS = [2, 1, 4, 5, 3, 7, 6, 0]
 
 
 @given(seed=seeds, cuts=st.lists(st.integers(0, 500), max_size=8), buckets=st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
 def test_the_bucket_of_a_row_does_not_depend_on_how_rows_are_portioned(seed, cuts, buckets):
     whole = order.buckets_of_rows(seed, 0, 500, buckets)
     edges = [0, *sorted(cuts), 500]
@@ -49,7 +48,6 @@ def test_every_permutation_of_four_rows_over_two_buckets_comes_equally_often():
 
 
 @given(seed=seeds, epoch=st.integers(0, 2**40), bucket=st.integers(0, 10**6), size=st.integers(0, 300))
-@settings(max_examples=60, deadline=None)
 def test_a_row_order_is_a_permutation_and_is_repeatable(seed, epoch, bucket, size):
     first = order.row_order(seed, epoch, bucket, size)
     assert sorted(first.tolist()) == list(range(size))
@@ -62,7 +60,7 @@ def test_seed_epoch_and_bucket_each_change_the_order():
 
 
 @given(seed=seeds, epoch=st.integers(0, 9), sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_locate_walks_through_each_bucket_in_turn(seed, epoch, sizes):
     array = np.array(sizes, dtype=np.int64)
     walked = [order.locate(array, seed, epoch, offset) for offset in range(sum(sizes))]

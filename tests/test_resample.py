@@ -24,6 +24,7 @@ from mistudio.train.resample import (
     restart,
 )
 from mistudio.train.state import TrainState
+from tiny_training import endless, normal_rows, same_bits
 
 D, F, B = 8, 24, 32
 SAE = SAEConfig(d_model=D, d_sae=F, scale=1.0)
@@ -43,8 +44,8 @@ CFG = TrainConfig(
 )
 
 
-def rows(seed, count=B, width=D):
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width)
+def rows(seed, width=D):
+    return normal_rows(seed, B, width)
 
 
 # --- when, which, from where
@@ -263,7 +264,7 @@ def dying_run(cfg, steps_done=None, **options):
     sae = initial_sae(SAE, cfg)
     with torch.no_grad():
         sae.b_enc[LIVE:] = -50.0
-    source = (rows(seed) for seed in itertools.count())
+    source = endless(rows)
     return train(sae, source if steps_done is None else itertools.islice(source, steps_done), cfg, **options)
 
 
@@ -318,12 +319,11 @@ def test_features_that_started_again_learn_what_was_missing():
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
 def test_a_run_in_which_nothing_is_due_or_dead_keeps_its_bits(engine):
     cfg = replace(CFG, engine=engine)
-    plain = train(initial_sae(SAE, cfg), (rows(seed) for seed in itertools.count()), cfg)
+    plain = train(initial_sae(SAE, cfg), endless(rows), cfg)
     for change in ({"resample_every": 1000}, {"resample_every": 3}):
         on = replace(cfg, dead_after_rows=10**9, **change)
-        other = train(initial_sae(SAE, on), (rows(seed) for seed in itertools.count()), on)
-        for p, q in zip(plain.sae.parameters(), other.sae.parameters(), strict=True):
-            assert torch.equal(p, q)
+        other = train(initial_sae(SAE, on), endless(rows), on)
+        assert same_bits(plain.sae, other.sae)
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])

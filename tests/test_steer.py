@@ -11,10 +11,9 @@ from mistudio.errors import ConfigError, EditError, ModelError, SAEError
 from mistudio.lm import LanguageModel, Site
 from mistudio.sae import JumpReLUSAE, SAEConfig
 from mistudio.steer import Comparison, Steering, compare, random_controls, steering_edit, steering_vector
+from tiny_lab import PROMPT, SITE
 from tiny_models import tiny_lm
 
-SITE = Site(1, "resid_post")
-PROMPT = "once upon a time"
 FEATURES = ((3, 40.0), (0, -25.0))
 
 

@@ -78,12 +78,16 @@ def their_greedy_tokens(lab: Lab, method: str, strengths: list[tuple[Site, int, 
 
     handles = [model.model.layers[site.layer].register_forward_hook(hook(site)) for site in lab.saes]
     tokens = lab.lm.to_tokens(PROMPT)
+    start = len(tokens)
     with torch.no_grad():
-        for _ in range(steps):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        while len(tokens) - start < steps:
+            token = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if token == lab.lm.eos_id:
+                break
+            tokens.append(token)
     for handle in handles:
         handle.remove()
-    return tokens[-steps:]
+    return tokens[start:]
 
 
 @pytest.mark.parametrize("method", ["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"])
@@ -92,8 +96,10 @@ def test_the_recipe_writes_the_tokens_of_their_arithmetic(lab, tmp_path, method)
     outcome = run_experiment(lab, np_experiment(lab.lm, request))
     strengths = [(SITE, 5, 5.0), (LATER, 7, -3.0), (SITE, 11, 2.0)]
     theirs = their_greedy_tokens(lab, method, strengths, request.n_tokens)
-    assert list(outcome.rows[1].tokens) == theirs
-    assert outcome.rows[1].arm == "steered"
+    plain, steered = outcome.rows
+    assert list(steered.tokens) == theirs
+    assert steered.arm == "steered"
+    assert plain.tokens != steered.tokens
 
 
 def test_the_request_becomes_pushes_in_its_order_with_the_multiplier(tmp_path):
@@ -106,14 +112,11 @@ def test_the_request_becomes_pushes_in_its_order_with_the_multiplier(tmp_path):
 
 
 def test_our_own_greedy_texts_are_at_parity_and_a_changed_token_is_found(lab, tmp_path):
-    request = read(tmp_path, BODY).request
+    request = read(tmp_path, {**BODY, "prompt": "she saw a red bird"}).request  # answered with whole characters
     outcome = run_experiment(lab, np_experiment(lab.lm, request))
     default, steered = (outcome.texts(arm)[0] for arm in ("unsteered", "steered"))
-    if "�" in default + steered:  # half a character cannot be recorded as text
-        default, steered = default.split("�")[0], steered.split("�")[0]
-    record = NPRecord(request=request, default=default or None, steered=steered or None)
-    if default or steered:
-        assert all(p.divergence is None and p.same == p.tokens for p in np_parity(lab, record))
+    record = NPRecord(request=request, default=default, steered=steered)
+    assert [(p.divergence, p.same, p.tokens) for p in np_parity(lab, record)] == [(None, 10, 10)] * 2
     wrong = NPRecord(request=request, steered="zzz")
     [found] = np_parity(lab, wrong)
     assert found.divergence is not None

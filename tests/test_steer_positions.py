@@ -107,7 +107,7 @@ def test_without_any_push_the_model_is_untouched_and_nothing_is_reported(lab):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_prompts_of_unequal_length_in_one_batch_write_what_each_writes_alone(family, use_cache):
     lm = tiny_lm(family)
-    prompts = [lm.to_tokens(text) for text in ("the", "once upon a time", "a hat", "")]
+    prompts = [lm.to_tokens(text) for text in ("the", PROMPT, "a hat", "")]
     for temperature in (0.0, 0.9):
         together = lm.generate_rows(
             prompts, streams=[(3, 0)] * 4, max_new_tokens=9, temperature=temperature, use_cache=use_cache
@@ -130,7 +130,7 @@ def test_a_stream_is_the_sample_of_that_number(lab):
 @pytest.mark.parametrize("rule", ["all", "prompt", "generated", "last-prompt", "no-bos"])
 def test_steered_rows_of_unequal_prompts_write_what_each_writes_alone(lab, rule):
     lm = lab.lm
-    prompts = [lm.to_tokens(text) for text in ("the", "once upon a time", "a hat")]
+    prompts = [lm.to_tokens(text) for text in ("the", PROMPT, "a hat")]
     lengths = [len(prompt) for prompt in prompts]
     pushes = [(push(rule, strength),) for strength in (4.0, 9.0, -6.0)]
     with steered(lab, pushes, lengths) as trace:

@@ -1,5 +1,7 @@
 """Steered greedy text against TransformerLens's hooks, on the same random weights and the same vector."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from mistudio.steer import Lab, Push, steered
 from tiny_lab import PROMPT
 from tiny_models import tiny_gemma2, tiny_tokenizer
 
-pytest.importorskip("transformer_lens", reason="TransformerLens is not installed")
+pytestmark = pytest.mark.skipif(find_spec("transformer_lens") is None, reason="TransformerLens is not installed")
 NEW = 12
 
 
@@ -39,3 +41,4 @@ def test_the_same_vector_at_the_same_hook_writes_the_same_greedy_tokens(kind, st
             theirs.pop()
             break
     assert list(ours) == theirs[len(tokens) :]
+    assert (ours != lm.generate(PROMPT, max_new_tokens=NEW)[0].tokens) == (strength != 0)

@@ -10,15 +10,18 @@ import pytest
 from mistudio.lm.stories import stories, story, tell, word_labels, world
 from mistudio.lm.stories.lexicon import TOPIC_CLASSES, past, plural, present
 
-SAMPLE = [story(1, n) for n in range(1500)]
+
+@pytest.fixture(scope="module")
+def sample():
+    return [story(1, n) for n in range(1500)]
 
 
 def labelled(document, name):
     return [document.text[s.start : s.end] for s in document.labels if s.name == name]
 
 
-def test_there_are_at_least_1500_word_types_and_12_topics():
-    types = {word.lower() for document in SAMPLE for word in re.findall(r"[A-Za-z]+", document.text)}
+def test_there_are_at_least_1500_word_types_and_12_topics(sample):
+    types = {word.lower() for document in sample for word in re.findall(r"[A-Za-z]+", document.text)}
     assert len(types) >= 1500
     assert len(world().topics) >= 12
 
@@ -38,8 +41,8 @@ def test_every_word_belongs_to_one_class_and_at_most_one_topic():
     assert {word: places for word, places in owners.items() if len(places) > 1} == {}
 
 
-def test_no_story_uses_a_word_of_another_topic():
-    for document in SAMPLE:
+def test_no_story_uses_a_word_of_another_topic(sample):
+    for document in sample:
         topic = next(s.name for s in document.labels if s.name.startswith("topic ")).removeprefix("topic ")
         foreign = {s.name for s in document.labels if s.name.startswith("words of ")} - {f"words of {topic}"}
         assert not foreign, (document.text, foreign)
@@ -50,37 +53,37 @@ def test_a_story_depends_on_seed_and_number_alone():
     assert story(3, 0).text != story(4, 0).text
 
 
-def test_stories_do_not_repeat():
-    assert len({document.text for document in SAMPLE}) == len(SAMPLE)
+def test_stories_do_not_repeat(sample):
+    assert len({document.text for document in sample}) == len(sample)
 
 
-def test_most_stories_begin_with_once_upon_a_time():
-    share = sum(d.text.startswith("Once upon a time") for d in SAMPLE) / len(SAMPLE)
+def test_most_stories_begin_with_once_upon_a_time(sample):
+    share = sum(d.text.startswith("Once upon a time") for d in sample) / len(sample)
     assert 0.5 < share < 0.8
 
 
-def test_no_template_mark_is_left_over():
-    for document in SAMPLE:
+def test_no_template_mark_is_left_over(sample):
+    for document in sample:
         assert not re.search(r"[{}\[\]<>|*^_]", document.text), document.text
 
 
-def test_the_spans_of_speech_begin_and_end_with_quotes():
-    for document in SAMPLE[:200]:
+def test_the_spans_of_speech_begin_and_end_with_quotes(sample):
+    for document in sample[:200]:
         for speech in labelled(document, "direct speech"):
             assert speech[0] == speech[-1] == '"'
             assert '"' not in speech[1:-1]
 
 
-def test_questions_and_sentences_end_with_their_marks():
-    for document in SAMPLE[:200]:
+def test_questions_and_sentences_end_with_their_marks(sample):
+    for document in sample[:200]:
         assert all(mark in ".!?" for mark in labelled(document, "end of a sentence"))
         questions = labelled(document, "inside a question")
         assert len(questions) == document.text.count("?")
         assert all(question.endswith("?") for question in questions)
 
 
-def test_grammar_is_labelled_word_by_word():
-    for document in SAMPLE[:200]:
+def test_grammar_is_labelled_word_by_word(sample):
+    for document in sample[:200]:
         assert set(labelled(document, "because")) <= {"because", "Because"}
         assert len(labelled(document, "question mark")) == document.text.count("?")
         assert labelled(document, "opening formula") == ["Once upon a time"] * document.text.startswith("Once upon")
@@ -95,9 +98,9 @@ def test_what_is_given_and_what_is_left_add_up():
         assert total == given + left
 
 
-def test_topics_are_drawn_evenly():
-    counts = Counter(next(s.name for s in d.labels if s.name.startswith("topic ")) for d in SAMPLE)
-    expected = len(SAMPLE) / len(world().topics)
+def test_topics_are_drawn_evenly(sample):
+    counts = Counter(next(s.name for s in d.labels if s.name.startswith("topic ")) for d in sample)
+    expected = len(sample) / len(world().topics)
     assert all(0.6 * expected < n < 1.5 * expected for n in counts.values()), counts
 
 

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -174,7 +174,6 @@ def test_the_split_is_the_same_for_ever():
 # Rows
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     contents=st.lists(st.text(alphabet="the cat\nZ<>bos", max_size=60), min_size=1, max_size=70),
     context=st.integers(2, 16),
@@ -205,7 +204,6 @@ def test_rows_without_bos_are_the_stream_and_every_token_can_be_traced(contents,
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=60, deadline=None)
 def test_the_spans_of_a_documents_tokens_cover_it_in_order(text):
     spans = token_spans(LM, text)
     assert len(spans) == len(LM.encode([text])[0])

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from mistudio.sae import JumpReLUSAE, SAEConfig
 from mistudio.train import Interrupted, Resumable, TrainConfig, initial_sae, train
 from mistudio.train.loss import CPU_CHUNK_ROWS, loss, loss_and_gradients
 from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
+from tiny_training import Source, endless, files, normal_rows
 
 D, F, B = 8, 24, 16
 SAE = SAEConfig(d_model=D, d_sae=F, scale=2.0, hook_name="layers.1.resid_post", hook_layer=1)
@@ -38,43 +38,12 @@ CFG = TrainConfig(
 )
 
 
-def batches(seed=0, rows=B):
-    """Endless normalised rows."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randn(rows, D, generator=generator) / math.sqrt(D)
-
-
-class Source:
-    """A source that knows its place; `fail_at`: the batch at which the process dies, `signal_at`: is signalled."""
-
-    def __init__(self, fail_at=None, signal_at=None, number=signal.SIGTERM):
-        self.place, self.fail_at, self.signal_at, self.number = 0, fail_at, signal_at, number
-
-    def state(self):
-        return {"place": self.place}
-
-    def restore(self, state):
-        self.place = state["place"]
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.place == self.fail_at:
-            raise RuntimeError("the machine went away")
-        if self.place == self.signal_at:
-            os.kill(os.getpid(), self.number)
-        self.place += 1
-        return next(batches(seed=self.place))
+def rows(seed, count=B):
+    return normal_rows(seed, count, D)
 
 
 def run(cfg=CFG, source=None, **options):
-    return train(initial_sae(SAE, cfg), Source() if source is None else source, cfg, **options)
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in [folder / "metrics.jsonl", *sorted((folder / "checkpoints").iterdir())]}
+    return train(initial_sae(SAE, cfg), Source(rows) if source is None else source, cfg, **options)
 
 
 # --- the loss
@@ -101,7 +70,7 @@ VARIANTS = [
 def test_written_out_gradients_equal_autograd(variant):
     cfg = replace(CFG, **variant)
     sae = random_sae(cfg)
-    x = next(batches(rows=2 * CPU_CHUNK_ROWS + 3)).double()  # several chunks, the last one short
+    x = rows(0, 2 * CPU_CHUNK_ROWS + 3).double()  # several chunks, the last one short
     defined = loss(sae, x, cfg, weight=0.37)
     expected = torch.autograd.grad(defined.loss, list(sae.parameters()))
     terms, gradients = loss_and_gradients(sae, x, cfg, weight=0.37)
@@ -122,7 +91,7 @@ def test_written_out_gradients_equal_autograd(variant):
 )
 def test_the_loss_is_its_equation(change, penalty):
     cfg = replace(CFG, **change)
-    sae, x = random_sae(cfg), next(batches()).double()
+    sae, x = random_sae(cfg), rows(0).double()
     x_hat, f = sae(x)
     expected = ((x - x_hat) ** 2).sum() / B + 0.37 * penalty((f > 0).sum(1).double())
     torch.testing.assert_close(loss(sae, x, cfg, weight=0.37).loss, expected)
@@ -130,7 +99,7 @@ def test_the_loss_is_its_equation(change, penalty):
 
 def test_the_sparsity_weight_moves_only_the_thresholds():
     cfg = replace(CFG, pre_encoder_bias=True)
-    sae, x = random_sae(cfg), next(batches()).double()
+    sae, x = random_sae(cfg), rows(0).double()
     without, with_penalty = (loss_and_gradients(sae, x, cfg, weight)[1] for weight in (0.0, 1.0))
     changed = {name for name in without if not torch.equal(without[name], with_penalty[name])}
     assert changed == {"theta"}
@@ -139,7 +108,7 @@ def test_the_sparsity_weight_moves_only_the_thresholds():
 
 def test_reconstruction_gradients_equal_finite_differences():
     cfg = replace(CFG, pre_encoder_bias=True)
-    sae, x = random_sae(cfg), next(batches()).double()
+    sae, x = random_sae(cfg), rows(0).double()
     _, gradients = loss_and_gradients(sae, x, cfg, weight=0.0)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         p, h = dict(sae.named_parameters())[name].data.view(-1), 1e-7
@@ -214,7 +183,8 @@ def test_a_finished_run_leaves_its_records_and_the_released_sae(tmp_path):
         "sae.json",
         "sae.safetensors",
     ]
-    assert sorted(files(tmp_path / "run"))[1:] == ["step-000000016.safetensors", "step-000000020.safetensors"]
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000000016.safetensors", "step-000000020.safetensors"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == done.history
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -226,7 +196,7 @@ def test_a_finished_run_leaves_its_records_and_the_released_sae(tmp_path):
 
 def test_metrics_are_those_of_the_batches_since_the_last_line():
     cfg = replace(CFG, steps=1, log_every=1)
-    sae, x = initial_sae(SAE, cfg), next(batches())
+    sae, x = initial_sae(SAE, cfg), rows(0)
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0))
     x_hat, f = sae(x)
@@ -240,7 +210,7 @@ def test_b_dec_starts_at_the_given_mean():
     cfg = replace(CFG, steps=1, lr=1e-12)
     mean = torch.full((D,), 0.25)
     torch.testing.assert_close(run(cfg, mean=mean).sae.b_dec.detach(), mean)
-    torch.testing.assert_close(run(cfg).sae.b_dec.detach(), next(Source()).mean(0))
+    torch.testing.assert_close(run(cfg).sae.b_dec.detach(), rows(1).mean(0))
     assert run(replace(cfg, b_dec_init="zero")).sae.b_dec.abs().max() < 1e-6
 
 
@@ -249,7 +219,7 @@ def test_dead_features_are_those_silent_for_long_enough():
     sae = initial_sae(SAE, cfg)
     with torch.no_grad():
         sae.theta[:5] = 100.0
-    assert [line["dead"] for line in train(sae, batches(), cfg).history] == [0, 0, 5, 5]
+    assert [line["dead"] for line in train(sae, endless(rows), cfg).history] == [0, 0, 5, 5]
 
 
 # --- stopping and going on
@@ -264,7 +234,7 @@ def uninterrupted(tmp_path):
 def test_resume_after_a_crash_is_bit_identical(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError):
-        run(source=Source(fail_at=11), folder=folder)  # lines to step 9, checkpoint at 8
+        run(source=Source(rows, fail_at=11), folder=folder)  # lines to step 9, checkpoint at 8
     assert (folder / "metrics.jsonl").read_text().count("\n") == 3
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "tok')  # a line that was being written
@@ -274,10 +244,10 @@ def test_resume_after_a_crash_is_bit_identical(tmp_path, uninterrupted):
 
 
 def test_resume_without_a_place_skips_the_batches_that_were_used(tmp_path):
-    run(source=batches(), folder=tmp_path / "whole")
+    run(source=endless(rows), folder=tmp_path / "whole")
     with pytest.raises(TrainError, match="ended after 11 of 20 steps"):
-        run(source=itertools.islice(batches(), 11), folder=tmp_path / "run")
-    run(source=batches(), folder=tmp_path / "run", resume=True)
+        run(source=itertools.islice(endless(rows), 11), folder=tmp_path / "run")
+    run(source=endless(rows), folder=tmp_path / "run", resume=True)
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
@@ -285,7 +255,7 @@ def test_resume_without_a_place_skips_the_batches_that_were_used(tmp_path):
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, uninterrupted, number):
     folder, before = tmp_path / "run", signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"after step 7 of 20; .* Continue with --resume"):
-        run(source=Source(signal_at=6, number=number), folder=folder)
+        run(source=Source(rows, signal_at=6, number=number), folder=folder)
     assert signal.getsignal(number) is before
     assert (folder / "checkpoints" / "step-000000007.safetensors").is_file()
     run(folder=folder, resume=True)
@@ -294,7 +264,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, uninterrupt
 
 def test_resume_before_the_first_checkpoint_starts_again(tmp_path, uninterrupted):
     with pytest.raises(RuntimeError):
-        run(source=Source(fail_at=3), folder=tmp_path / "run")
+        run(source=Source(rows, fail_at=3), folder=tmp_path / "run")
     run(folder=tmp_path / "run", resume=True)
     assert files(tmp_path / "run") == uninterrupted
 
@@ -318,7 +288,7 @@ def test_resume_with_another_configuration_is_refused_by_field(tmp_path):
     with pytest.raises(TrainError, match=r"steps was 20, is 30; lr was 0.01, is 0.02"):
         run(replace(CFG, steps=30, lr=0.02), folder=tmp_path, resume=True)
     with pytest.raises(TrainError, match=r"scale was 2.0, is 3.0"):
-        train(initial_sae(replace(SAE, scale=3.0), CFG), Source(), CFG, folder=tmp_path, resume=True)
+        train(initial_sae(replace(SAE, scale=3.0), CFG), Source(rows), CFG, folder=tmp_path, resume=True)
     run(replace(CFG, log_every=5, checkpoint_every=9), folder=tmp_path, resume=True)
 
 
@@ -341,7 +311,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_source_is_resumable_and_a_list_is_not():
-    assert isinstance(Source(), Resumable)
+    assert isinstance(Source(rows), Resumable)
     assert not isinstance([], Resumable)
 
 
@@ -350,14 +320,14 @@ def test_source_is_resumable_and_a_list_is_not():
 
 def test_rows_that_are_not_normalised_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TrainError, match=r"mean \|x\|\^2 = .*expected 1.*divide the activations by"):
-        run(source=(7 * x for x in batches()), folder=tmp_path / "run")
+        run(source=(7 * x for x in endless(rows)), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_checkpoint(tmp_path, value):
     def spoiled():
-        for i, x in enumerate(batches()):
+        for i, x in enumerate(endless(rows)):
             x[3, 2] = value if i == 9 else x[3, 2]
             yield x
 
@@ -388,11 +358,11 @@ def test_batches_of_another_kind_are_refused(source, message):
 
 def test_an_sae_that_does_not_fit_the_configuration_is_refused():
     with pytest.raises(TrainError, match=r"SAEConfig.scale is None"):
-        train(initial_sae(replace(SAE, scale=None), CFG), Source(), CFG)
+        train(initial_sae(replace(SAE, scale=None), CFG), Source(rows), CFG)
     with pytest.raises(TrainError, match=r"log_threshold False, the training configuration True.*initial_sae"):
-        train(initial_sae(SAE, CFG), Source(), replace(CFG, log_threshold=True))
+        train(initial_sae(SAE, CFG), Source(rows), replace(CFG, log_threshold=True))
     with pytest.raises(TrainError, match="float32"):
-        train(initial_sae(SAE, CFG).double(), Source(), CFG)
+        train(initial_sae(SAE, CFG).double(), Source(rows), CFG)
 
 
 def test_a_run_shorter_than_its_warm_ups_says_so_once(capsys):

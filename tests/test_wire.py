@@ -49,20 +49,20 @@ def test_a_message_is_read_as_it_was_written(message):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bytes_of_any_kind_get_a_sentence(frame):
     assert sentence(frame)
     assert sentence(frame, wire.read_answer)
 
 
 @given(JSON)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_json_of_any_kind_gets_a_sentence(value):
     assert sentence(json.dumps(value).encode())
 
 
 @given(name=st.sampled_from(sorted(json.loads(wire.header(ROWS)))), value=JSON)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_value_of_any_field_is_a_request_or_a_sentence(name, value):
     changed = {**json.loads(wire.header(ROWS)), name: value}
     said = sentence(json.dumps(changed).encode())
@@ -75,7 +75,7 @@ def test_any_value_of_any_field_is_a_request_or_a_sentence(name, value):
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_request_with_bytes_changed_cut_or_added_is_a_request_or_a_sentence(data):
     frame = bytearray(wire.header(ROWS))
     for _ in range(data.draw(st.integers(1, 5))):

@@ -12,7 +12,8 @@ from tiny_models import tiny_lm
 
 SITE = Site(1, "resid_post")
 LATER = Site(2, "resid_post")
-PROMPT = "once upon a time"
+PROMPT = "the hen had a hat"
+"""One that the model goes on from with several different tokens, and with others when it is pushed."""
 F = 24
 
 
