@@ -19,7 +19,7 @@ import mistudio.collect
 from mistudio.collect import CollectConfig, collect
 from mistudio.errors import ConfigError, ModelError, StoreError, TextError
 from mistudio.lm import LanguageModel, Site, documents, pack
-from mistudio.store import Store
+from mistudio.store import Store, StoreWriter
 from test_store import digest
 from tiny_models import tiny_lm
 
@@ -327,4 +327,18 @@ def test_tokens_are_made_between_a_cpus_passes_unless_they_come_over_a_network(c
     monkeypatch.setattr(lm, "is_special", seen)
     monkeypatch.setattr("mistudio.collect.documents", lambda *_, **__: documents("stories"))
     collect(replace(cfg, text=text), lm)
+    assert threads == {thread}
+
+
+@pytest.mark.parametrize(("every_s", "thread"), [(1e9, "MainThread"), (0.0, "behind")])
+def test_rows_are_written_between_a_cpus_passes_unless_a_checkpoint_is_due(cfg, lm, monkeypatch, every_s, thread):
+    monkeypatch.setattr(mistudio.collect, "CHECKPOINT_EVERY_S", every_s)
+    threads, write = set(), StoreWriter.write
+
+    def seen(self, *given):
+        threads.add(threading.current_thread().name)
+        write(self, *given)
+
+    monkeypatch.setattr(StoreWriter, "write", seen)
+    collect(cfg, lm)
     assert threads == {thread}

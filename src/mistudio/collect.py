@@ -240,7 +240,8 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | No
             done = writer.rows + (writer.outliers.dropped if writer.outliers else 0)
             groups = _groups(cfg, rows, context)
             found = _made(batches(lm, groups, done), lm.device if read is None else None, cfg.text)
-            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), found, cfg)
+            on_cpu = read is None and lm.device.type == "cpu"
+            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), found, cfg, between=on_cpu)
             ended_by = _ended_by(writer, cfg, some, out_of_time)
         store = writer.finish(ended_by=ended_by)
     if store.manifest.ended_by not in (None, "tokens"):
@@ -298,12 +299,20 @@ def _made(found: Iterator[Batch], device: torch.device | None, text: str) -> Abs
     return Ahead(found, BATCHES_AHEAD)
 
 
-def _fill(writer: StoreWriter, read: Read, found: AbstractContextManager[Iterator[Batch]], cfg: CollectConfig) -> bool:
+def _fill(
+    writer: StoreWriter,
+    read: Read,
+    found: AbstractContextManager[Iterator[Batch]],
+    cfg: CollectConfig,
+    *,
+    between: bool,
+) -> bool:
     """Writes until there are as many rows as planned, or the text or `cfg.hours` ends (True); the last checkpoint is at
     the end.
 
     Rows are written in another thread while the model reads, with at most `BATCHES_BEHIND` batches waiting; what is
-    computed and its order do not change.
+    computed and its order do not change. `between`: they are written between the model's passes, for the reason that
+    `_made` gives, unless there is a checkpoint to write, which waits for the disk, or one is being written.
     """
     left = writer.plan.expected_rows - writer.rows
     clock = Clock(cfg.hours)
@@ -315,7 +324,10 @@ def _fill(writer: StoreWriter, read: Read, found: AbstractContextManager[Iterato
         record = _Record(writer, bar)
         rule = writer.outliers or (cfg.drop_outliers or FACTOR, cfg.drop_outliers is not None)
         for piece in judged(read(clock.until_over(tokens)), rule, left):
-            disk(partial(record, piece))
+            if between and disk.idle and not record.checkpoint_is_due():
+                record(piece)
+            else:
+                disk(partial(record, piece))
     if record.cursor > writer.cursor:
         writer.checkpoint(record.cursor)
     return clock.over
@@ -332,10 +344,13 @@ class _Record:
         self.writer.write(piece.rows, piece.where)
         self.writer.outliers = (self.writer.outliers or piece.rule).plus(piece.beyond)
         self.cursor = piece.end
-        if time.monotonic() - self._last >= CHECKPOINT_EVERY_S:
+        if self.checkpoint_is_due():
             self.writer.checkpoint(self.cursor)
             self._last = time.monotonic()
         self.bar.advance(len(piece.where))
+
+    def checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self._last >= CHECKPOINT_EVERY_S
 
 
 def _read_all(lm: LanguageModel, sites: list[Site], found: Iterator[Batch]) -> Iterator[Rows]:

@@ -87,6 +87,7 @@ class Behind:
         self._calls: deque[Callable[[], None]] = deque()
         self._given, self._free = threading.Semaphore(0), threading.Semaphore(depth)
         self._failure: BaseException | None = None
+        self._open, self._done = 0, 0  # each counted by one thread alone
         self._thread = threading.Thread(target=self._work, name="behind", daemon=True)
         self._thread.start()
 
@@ -95,7 +96,13 @@ class Behind:
         if self._failure is not None:
             raise self._failure
         self._calls.append(work)
+        self._open += 1
         self._given.release()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all calls so far were made; asked by the thread that gives them."""
+        return self._open == self._done and self._failure is None
 
     def __enter__(self) -> "Behind":
         return self
@@ -115,6 +122,7 @@ class Behind:
             except BaseException as failure:  # handed to the thread that gives work
                 self._failure = failure
             del work  # what it holds is freed before the next is waited for
+            self._done += 1
             self._free.release()
 
 
