@@ -40,9 +40,9 @@ CFG = TrainConfig(
 TARGET = {"target_l0": 3.0, "sparsity_weight": 1.0}
 RUNS = {
     "dense": replace(CFG, engine="dense"),
-    "dense-mean": replace(CFG, engine="dense", sparsity="target_mean_l0", **TARGET),
+    "dense-mean": replace(CFG, engine="dense", sparsity="target_mean_l0", beta1=0.8, **TARGET),
     "sparse": CFG,
-    "sparse-mean": replace(CFG, sparsity="target_mean_l0", frequency_weight=0.2, **TARGET),
+    "sparse-mean": replace(CFG, sparsity="target_mean_l0", frequency_weight=0.2, beta1=0.8, **TARGET),
     "sparse-token": replace(CFG, sparsity="target_token_l0", log_threshold=True, **TARGET),
     "both": replace(
         CFG, engine="auto", threshold_init=0.101, sparsity_weight=30.0, lr=0.05, b_dec_init="zero", log_every=1
