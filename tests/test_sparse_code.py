@@ -9,8 +9,8 @@ import torch
 from mistudio.sae.code import FeatureCode, SparseCode, select
 
 pytest.importorskip("numba")
+from mistudio.train import products, screen_kernels
 from mistudio.train import screen as screening
-from mistudio.train import screen_kernels
 from mistudio.train.screen import Query, Screen, select_many
 
 BANDWIDTH = 0.02
@@ -195,14 +195,14 @@ def test_the_screened_code_is_the_float64_encoder_but_for_rounding_at_the_edge(f
 @pytest.fixture
 def looked_at(monkeypatch):
     """Candidates of every call of the kernel."""
-    counts, kernel = [], screen_kernels.screen
+    counts, kernel = [], screen_kernels.candidates
 
     def recorded(*args):
         found = kernel(*args)
-        counts.append(found[3])
+        counts.append(len(found[0]))
         return found
 
-    monkeypatch.setattr(screen_kernels, "screen", recorded)
+    monkeypatch.setattr(screen_kernels, "candidates", recorded)
     return counts
 
 
@@ -240,13 +240,13 @@ def test_a_product_outside_its_bound_is_noticed_and_that_dtype_is_not_used_again
     x, W = gaussian(64, 32, 300)
     bias, theta = torch.zeros(300), thresholds(x, W, torch.zeros(300), 0.05)
     right = Screen(W, torch.bfloat16).select(x, bias, None, theta, BANDWIDTH)
-    screen, multiply = Screen(W, torch.int8), screening.multiply
+    screen, multiply = Screen(W, torch.int8), products.multiply
     screen.dtypes = [torch.int8, torch.bfloat16, torch.float32]
 
-    def badly(a, b):
+    def badly(a, b, out):
         return (multiply(a, b) * 1.3).to(multiply(a, b).dtype)
 
-    monkeypatch.setattr(screening, "multiply", badly)
+    monkeypatch.setattr(products, "multiply", badly)
     with pytest.warns(UserWarning, match="less accurate than float32 sums") as said:
         assert same(screen.select(x, bias, None, theta, BANDWIDTH), right)
     assert [str(w.message).split("; ")[1][:31] for w in said] == [
@@ -271,8 +271,8 @@ def test_weights_may_change_between_batches():
 def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again(monkeypatch):
     """Each row has one number that is far larger than the others."""
     monkeypatch.setattr(screening, "BLOCK_ENTRIES", 128 * 64)
-    used, multiply = [], screening.multiply
-    monkeypatch.setattr(screening, "multiply", lambda a, b: used.append(a.dtype) or multiply(a, b))
+    used, multiply = [], products.multiply
+    monkeypatch.setattr(products, "multiply", lambda a, b, out: used.append(a.dtype) or multiply(a, b))
     x, W = gaussian(64, 128, 384)
     x[::2, 0], x[1::2, 0] = 16, -16  # which bfloat16 holds exactly
     W[:, 0] = 0
@@ -287,6 +287,24 @@ def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again
     again = 3 * screening.REST
     assert [i for i in range(blocks) if used[i] == torch.int8] == [0, again]
     assert set(used) == {torch.int8, torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+def test_columns_taken_in_tiles_and_candidates_decided_upon_early_find_the_same_entries(monkeypatch, dtype):
+    x, W = planted(300, 100, 250)
+    bias, theta = 0.1 * torch.randn(250), torch.full((250,), 0.25)
+    whole = Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH)
+    monkeypatch.setattr(screening, "BLOCK_ENTRIES", 300 * 130)
+    for pending in (0, 1 << 20):
+        monkeypatch.setattr(screening, "PENDING", pending)
+        assert same(Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH), whole)
+    monkeypatch.setattr(screening, "CACHED", 0)
+    for tile in (32, 40):  # tiles of one width, and a narrower last one
+        monkeypatch.setattr(screening, "TILE", tile)
+        tiled = Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH)
+        assert torch.equal(tiled.rows, whole.rows)
+        torch.testing.assert_close(tiled.values, whole.values)
+        assert compare(x, W, bias, theta, dtype) == (0, 0, 0)
 
 
 # --- several SAEs
@@ -337,10 +355,10 @@ def test_dtypes_are_tried_from_fast_to_accurate(monkeypatch):
         ({torch.float32: 6, torch.bfloat16: 60, torch.int8: 1}, ["int8", "float32"]),
         ({torch.float32: 6, torch.bfloat16: 60, torch.int8: 9}, ["float32"]),
     ):
-        monkeypatch.setattr(screening, "_seconds", lambda dtypes, D, seconds=seconds: seconds)
-        screening.fast_dtypes.cache_clear()
-        assert [str(d).removeprefix("torch.") for d in screening.fast_dtypes(16)] == expected
-    screening.fast_dtypes.cache_clear()
+        monkeypatch.setattr(products, "_seconds", lambda dtypes, D, seconds=seconds: seconds)
+        products.fast_dtypes.cache_clear()
+        assert [str(d).removeprefix("torch.") for d in products.fast_dtypes(16)] == expected
+    products.fast_dtypes.cache_clear()
 
 
 def test_int8_is_not_used_where_its_sums_are_cut_off(monkeypatch):
@@ -349,10 +367,10 @@ def test_int8_is_not_used_where_its_sums_are_cut_off(monkeypatch):
         pairs = ((a[:, None].int() + 128) * b[None].int()).unflatten(2, (-1, 2)).sum(3)
         return pairs.clamp(-(2**15), 2**15 - 1).sum(2) - 128 * b.int().sum(1)
 
-    assert screening._int8_is_exact(64)
-    assert screening._int8_is_exact(7)
-    monkeypatch.setattr(screening, "multiply", saturating)
-    assert not screening._int8_is_exact(64)
+    assert products._int8_is_exact(64)
+    assert products._int8_is_exact(7)
+    monkeypatch.setattr(products, "multiply", saturating)
+    assert not products._int8_is_exact(64)
 
 
 @pytest.mark.skipif("MISTUDIO_SLOW" not in os.environ, reason="a billion entries take minutes; set MISTUDIO_SLOW=1")

@@ -8,7 +8,7 @@ other tokens.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mistudio.config import to_dict
 from mistudio.errors import ConfigError
-from mistudio.lm import LanguageModel, ModelShape, Site, TokenRow, documents, load_shape, pack, separate
+from mistudio.lm import LanguageModel, Site, TokenRow, documents, load_shape, pack, separate
 from mistudio.lm.batches import Batch, Clock, FirstDocuments, batches, packed_groups, sorted_groups
 from mistudio.progress import Bar, progress_bar
 from mistudio.store import RingFeed, Store, StoreWriter
@@ -165,7 +165,7 @@ def stream(cfg: StreamConfig, batch_rows: int, lm: LanguageModel | None = None) 
     """
     docs = partial(documents, cfg.text, column=cfg.column, separator=cfg.separator, part="train", held_out=cfg.held_out)
     docs()  # a missing source is said before the model loads
-    (site,) = _sites((cfg.site,), load_shape(cfg.model, cfg.revision) if lm is None else lm.shape)
+    (site,) = (load_shape(cfg.model, cfg.revision) if lm is None else lm.shape).sites((cfg.site,))
     if lm is None:
         lm = LanguageModel.load(cfg.model, device=cfg.device, dtype=cfg.dtype, revision=cfg.revision)
     settings = {**to_dict(cfg), "context": _context(cfg.context, lm), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
@@ -224,7 +224,7 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | No
     # before the model loads, so that a missing source is said at once
     docs = documents(cfg.text, column=cfg.column, separator=cfg.separator, part="train", held_out=cfg.held_out)
     shape = load_shape(cfg.model, cfg.revision) if lm is None else lm.shape
-    sites = _sites(cfg.sites, shape)
+    sites = shape.sites(cfg.sites)
     bytes_a_row = row_bytes({str(site): shape.width(site) for site in sites}, cfg.row_dtype)
     limit = _most_rows(cfg, bytes_a_row)
     if not (cfg.resume or cfg.append):  # before gigabytes of weights are downloaded
@@ -233,7 +233,8 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | No
         lm = LanguageModel.load(cfg.model, device=cfg.device, dtype=cfg.dtype, revision=cfg.revision)
     context = _context(cfg.context, lm)
     some = FirstDocuments(docs, cfg.documents)
-    rows = _peeked((pack if cfg.packing == "stream" else separate)(lm, some, context))
+    made = (pack if cfg.packing == "stream" else separate)(lm, some, context)
+    rows = chain([next(made)], made)  # a text that gives none is an error before a folder is made
     with _writer(cfg, limit, lm, sites, context) as writer:
         ended_by = None
         if not writer.complete:
@@ -391,23 +392,9 @@ def _settings(cfg: CollectConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(cfg).items() if name not in others}
 
 
-def _sites(names: Iterable[str], shape: ModelShape) -> list[Site]:
-    sites = [Site.parse(name) for name in names]
-    for site in sites:
-        shape.check(site)
-        if sites.count(site) > 1:
-            raise ConfigError(f"{site} is named more than once among the sites {', '.join(names)}.")
-    return sites
-
-
 def _context(wanted: int | None, lm: LanguageModel) -> int:
     if wanted is not None:
         return wanted
     chosen = min(lm.shape.context, LONGEST_CHOSEN_CONTEXT)
     log.info("context: %s tokens (chosen; set context to change it)", chosen)
     return chosen
-
-
-def _peeked(rows: Iterator[TokenRow]) -> Iterator[TokenRow]:
-    """The same rows; the first is made now, so that a text that gives none is an error before a folder is made."""
-    return chain([next(rows)], rows)  # pack raises TextError rather than ending without a row

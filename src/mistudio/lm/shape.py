@@ -1,9 +1,10 @@
 """The sizes of a language model, known from its configuration alone, before any weights are downloaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mistudio.errors import ModelError
+from mistudio.errors import ConfigError, ModelError
 from mistudio.lm.families import Family, family_of
 from mistudio.lm.site import KINDS, Site
 
@@ -29,6 +30,15 @@ class ModelShape:
         """The width W of the activations at `site`: d_model, or n_heads·head_dim for attn_z."""
         self.check(site)
         return self.head_width if site.kind == "attn_z" else self.d_model
+
+    def sites(self, names: Iterable[str]) -> list[Site]:
+        """The sites of these names. ConfigError: one is named twice. ModelError: there is none of that name."""
+        found = [Site.parse(name) for name in names]
+        for site in found:
+            self.check(site)
+            if found.count(site) > 1:
+                raise ConfigError(f"{site} is named more than once among the sites {', '.join(map(str, found))}.")
+        return found
 
     def check(self, site: Site) -> None:
         """ModelError, with the valid layers and kinds: the model has no such site."""

@@ -27,11 +27,11 @@ from its product than the margin allows, that dtype is not used again, and a war
 computed.
 
 W_enc is rounded block by block where it is multiplied, which is quick beside the product. So there is no copy of it to
-keep, and a block may hold features of several SAEs.
+keep, and a block may hold features of several SAEs. Candidates of all blocks are decided upon together: they gather
+rows of x, and where x is larger than a cache they do so from some of its columns after the other, each read once.
 """
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from mistudio.sae.code import FeatureCode, pointers
-from mistudio.train import kernels, screen_kernels
+from mistudio.train import kernels, products, screen_kernels
 
 BLOCK_ENTRIES = 1 << 22
 """Entries of [F, B] that exist at once."""
@@ -55,6 +55,14 @@ SLACK = 1e-5
 CROWDED = {torch.int8: 0.03, torch.bfloat16: 0.15, torch.float32: 1.0}
 """The part of a block's entries that may be false candidates: with more, the next dtype is faster. A candidate costs as
 much as 16 entries of the product in bfloat16."""
+PENDING = 1 << 20
+"""Candidates of a search that may wait to be decided upon."""
+CACHED = 6 << 20
+"""Numbers of x that a cache holds, about. Candidates gather rows of x: where it has more, from tiles of it."""
+TILE = 640
+"""Columns of such a tile, at most."""
+DECIDE_UNIT = 256
+"""Features whose candidates one thread decides upon at a time."""
 REST = 50
 """Batches after which a dtype that was crowded is tried again."""
 ROUND = {
@@ -62,48 +70,6 @@ ROUND = {
     torch.bfloat16: screen_kernels.round_bfloat16,
     torch.int8: screen_kernels.round_int8,
 }
-
-
-@functools.cache
-def fast_dtypes(D: int) -> tuple[torch.dtype, ...]:
-    """Those of int8, bfloat16 and float32 that this machine multiplies clearly faster than the next, fastest first
-    (measured in some ms). Results do not depend on it, so that a measurement may decide."""
-    whole = [torch.int8] if _int8_is_exact(D) else []
-    seconds = _seconds([torch.float32, torch.bfloat16, *whole], D)
-    kept = [torch.float32]
-    for dtype in list(seconds)[1:]:
-        if seconds[dtype] < 0.8 * seconds[kept[0]]:
-            kept.insert(0, dtype)
-    return tuple(kept)
-
-
-def _seconds(dtypes: list[torch.dtype], D: int) -> dict[torch.dtype, float]:
-    """The least CPU time of some products in each, on one thread and by turns, so that other work on the machine does
-    not decide."""
-    times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(5):
-            for dtype in dtypes:
-                a, b = (torch.ones(512, D, dtype=dtype) for _ in range(2))
-                start = time.thread_time()
-                multiply(a, b)
-                times[dtype].append(time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return {dtype: min(several[1:]) for dtype, several in times.items()}
-
-
-def _int8_is_exact(D: int) -> bool:
-    """Whether the largest products arrive: instructions that add pairs of them in 16 bits would cut them off."""
-    signs = torch.tensor([[127, 127], [-127, 127], [-127, -127]], dtype=torch.int8).repeat(11, -(-D // 2))[:, :D]
-    return torch.equal(multiply(signs, signs), (signs.double() @ signs.double().T).int())
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a·bᵀ: in the dtype of both, or int32 of int8."""
-    return torch._int_mm(a, b.T) if a.dtype == torch.int8 else a @ b.T
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ class Screen:
         """W [F, D] float32: W_enc with features first, kept by reference."""
         assert W.dtype == torch.float32, f"screening computes in float32, not {W.dtype}"
         self.W = W
-        self.dtypes = list(fast_dtypes(W.shape[1])) if dtype is None else [dtype]
+        self.dtypes = list(products.fast_dtypes(W.shape[1])) if dtype is None else [dtype]
         """From fast to accurate."""
         self.widened = 1.0
         """What margins are multiplied by."""
@@ -181,13 +147,14 @@ def select_many(screens: Sequence[Screen], x: Tensor, queries: Sequence[Query]) 
 
 
 def _look_through(parts: "list[_Part]", batch: "_Batch") -> None:
-    """Multiplies a block and finds its entries. When this returns the product's memory is free, and the next block
-    takes it: new memory from the system costs a quarter of the product's time or more."""
+    """Multiplies a block and finds its candidates."""
     dtype, sizes = parts[0].dtype, [len(part) for part in parts]
-    W = parts[0].W if dtype == torch.float32 else torch.empty(sum(sizes), batch.x.shape[1], dtype=dtype)
+    W, whole = parts[0].W, torch.int32 if dtype == torch.int8 else dtype
+    if dtype != torch.float32:
+        W = batch.memory("rounded", sum(sizes), W.shape[1], dtype)
     for part, rows in zip(parts, W.split(sizes), strict=True):
         part.round(rows)
-    product = multiply(W, batch.seen_in(dtype)[0])
+    product = products.multiply(W, batch.seen_in(dtype)[0], batch.memory("product", len(W), len(batch.x), whole))
     for part, lines in zip(parts, product.split(sizes), strict=True):
         part.find(lines)
 
@@ -198,6 +165,7 @@ class _Batch:
     def __init__(self, x: Tensor):
         self.x, self._mean = x, x.mean(0).nan_to_num_(0.0, 0.0, 0.0) if len(x) else x.new_zeros(x.shape[1])
         self._seen: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._memory: dict[str, Tensor] = {}
 
     def centre(self, dtype: torch.dtype) -> Tensor:
         """c [D]; 0 in float32, where x is taken as it is."""
@@ -214,6 +182,30 @@ class _Batch:
             self._seen[dtype] = rounded, numbers
         return self._seen[dtype]
 
+    def memory(self, purpose: str, n: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[n, width], the same memory for every block: new memory from the system costs a quarter of the product's time
+        or more."""
+        size = n * width * dtype.itemsize
+        if purpose not in self._memory or len(self._memory[purpose]) < size:
+            self._memory[purpose] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[purpose][:size].view(dtype).view(n, width)
+
+    def tiles(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first column, some columns of x without gaps): all of x; where it is large, tile after tile in one memory.
+
+        They depend on nothing but its shape, so that a z has the same bits in every search."""
+        x, (B, D) = self.x.numpy(), self.x.shape
+        if B * D <= CACHED:
+            yield 0, x
+            return
+        width = -(-D // -(-D // TILE))
+        memory = np.empty(B * width, x.dtype)
+        for first in range(0, D, width):
+            columns = x[:, first : first + width]
+            tile = memory[: columns.size].reshape(columns.shape)
+            kernels.in_ranges(functools.partial(_copy, columns, tile), B, DECIDE_UNIT)
+            yield first, tile
+
 
 class _Search:
     """A screen's query about a batch, and what was found so far."""
@@ -221,21 +213,47 @@ class _Search:
     def __init__(self, screen: Screen, query: Query, batch: _Batch):
         self.screen, self.query, self.batch = screen, query, batch
         self.dtype = screen.begin()
-        self.found: list[tuple[np.ndarray, np.ndarray, np.ndarray, int, int]] = []
+        self.pending: list[tuple[_Part, list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]]] = []
+        """Parts whose candidates were found, in this dtype, but not decided upon."""
+        self.found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        """(rows, values, entries of each feature)."""
         self.distrusted: torch.dtype | None = None
 
-    def take(self, found: list[tuple[np.ndarray, np.ndarray, np.ndarray, int, int]]) -> None:
-        """Keeps what was found in a part, and changes the dtype for the next where this was too coarse."""
-        self.found += found
-        features, entries = sum(len(f[2]) for f in found), sum(len(f[0]) for f in found)
-        looked_at, wrong = (sum(f[i] for f in found) for i in (3, 4))
-        if wrong:
-            self.distrusted = self.dtype
-        if looked_at - entries > CROWDED[self.dtype] * features * len(self.batch.x):
+    def take(self, part: "_Part", found: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]) -> None:
+        """Keeps a part's candidates, and changes the dtype for the next where this was too coarse."""
+        self.pending.append((part, found))
+        if sum(f[3] for f in found) > CROWDED[self.dtype] * len(part) * len(self.batch.x):
+            self.decide()
             self.dtype = self.screen.refine(self.dtype)
+        elif sum(len(f[0]) for _, several in self.pending for f in several) > PENDING:
+            self.decide()
+
+    def decide(self) -> None:
+        """Computes z of all candidates that are pending, tile by tile of x, and keeps the entries among them."""
+        if not self.pending:
+            return
+        parts = [part for part, _ in self.pending]
+        found = [f for _, several in self.pending for f in several]
+        rows, guesses, counts = (np.concatenate([f[i] for f in found]) for i in range(3))
+        W = self.screen.W[parts[0].place.start : parts[-1].place.stop].numpy()
+        ends = np.concatenate(([0], counts.cumsum()))
+        z = np.zeros_like(guesses)
+        for first, tile in self.batch.tiles():
+            some = functools.partial(screen_kernels.add_products, tile, W, first, rows, ends, z)
+            kernels.in_ranges(some, len(W), DECIDE_UNIT)
+        features = tuple(np.concatenate(several) for several in zip(*(part.deciding for part in parts), strict=True))
+        _, kept, lost = self.batch.seen_in(self.dtype)[1].numpy()
+        half, u = (np.float32(n) for n in (self.query.bandwidth / 2, U_BF16 if self.dtype == torch.bfloat16 else 0))
+        asked = ((rows, guesses, z, ends), features, (kept, lost), half, u)
+        decided = kernels.in_ranges(lambda lo, hi: screen_kernels.decide(*asked, lo, hi), len(W), DECIDE_UNIT)
+        self.found += [d[:3] for d in decided]
+        if any(d[3] for d in decided):
+            self.distrusted = self.dtype
+        self.pending = []
 
     def code(self) -> FeatureCode:
         """All entries; searched for again if a candidate was outside its bound."""
+        self.decide()
         if self.distrusted is not None:
             self.screen.distrust(self.distrusted)
             return select_many([self.screen], self.batch.x, [self.query])[0]
@@ -252,6 +270,8 @@ class _Part:
         self.numbers = self.W.new_empty(3, last - first)
         self.along, self.shift = self.W.new_zeros(2, last - first)
         """b_dec·w and c·w."""
+        self.deciding: tuple[np.ndarray, ...] = ()
+        """What `screen_kernels.decide` is given of the features."""
 
     def __len__(self) -> int:
         return len(self.W)
@@ -265,23 +285,22 @@ class _Part:
             given.append((b_dec.detach().numpy(), self.along.numpy()))
 
         def all_three(lo: int, hi: int) -> None:
-            for vector, products in given:
-                screen_kernels.along(W, vector, lo, hi, products)
+            for vector, dots in given:
+                screen_kernels.along(W, vector, lo, hi, dots)
             some(lo, hi)
 
         kernels.in_ranges(all_three, len(self))
 
     def find(self, product: Tensor) -> None:
-        """The entries among these features, whose product with x̃ is given [n, B]."""
+        """The candidates among these features, whose product with x̃ is given [n, B]."""
         query, batch = self.search.query, self.search.batch
         threshold, bias = query.threshold[self.place].detach(), query.b_enc[self.place].detach() - self.along
-        numbers = tuple(t.numpy() for t in batch.seen_in(self.dtype)[1])
-        features = tuple(t.numpy() for t in (self.numbers[0], *self._margins(threshold, bias), self.shift))
-        exact = tuple(t.numpy() for t in (batch.x, self.W, bias, threshold))
-        half, u = (np.float32(n) for n in (query.bandwidth / 2, U_BF16 if self.dtype == torch.bfloat16 else 0))
-        given = (_as_numpy(product), numbers, features, exact, half, u)
-        found = kernels.in_ranges(lambda lo, hi: screen_kernels.screen(*given, lo, hi), len(self), SCREEN_UNIT)
-        self.search.take(found)
+        cut, near, far = self._margins(threshold, bias)
+        self.deciding = tuple(t.numpy() for t in (bias, threshold, near, far, self.shift))
+        rows = tuple(t.numpy() for t in batch.seen_in(self.dtype)[1])
+        given = (_as_numpy(product), rows, tuple(t.numpy() for t in (self.numbers[0], cut, near, far)))
+        found = kernels.in_ranges(lambda lo, hi: screen_kernels.candidates(*given, lo, hi), len(self), SCREEN_UNIT)
+        self.search.take(self, found)
 
     def _margins(self, threshold: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(cut, near, far), each [n]: a candidate has product + near_j·kept_b + far_j·lost_b ≥ cut_j."""
@@ -320,6 +339,10 @@ def _rounding(rows: Tensor, centre: Tensor, out: Tensor, numbers: Tensor) -> Cal
     unit, kept, lost = numbers.numpy()
     kernel = ROUND[out.dtype]
     return lambda lo, hi: kernel(*given, lo, hi, unit, kept, lost)
+
+
+def _copy(source: np.ndarray, target: np.ndarray, lo: int, hi: int) -> None:
+    target[lo:hi] = source[lo:hi]
 
 
 def _gamma(D: int) -> float:

@@ -44,6 +44,16 @@ def _type_bits(_context: Any, _value: Any) -> Any:
     return types.uint32(types.float32), build
 
 
+def _type_magnitude(_context: Any, _value: Any) -> Any:
+    """The bits of |value|, uint32: in the order of magnitudes, and a quick maximum (64 bits in numba)."""
+
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], ir.IntType(32))
+        return builder.and_(bits, ir.Constant(ir.IntType(32), 0x7FFFFFFF))
+
+    return types.uint32(types.float32), build
+
+
 def _type_of_bits(_context: Any, _value: Any) -> Any:
     """The float32 of these bits (uint32)."""
 
@@ -55,6 +65,7 @@ def _type_of_bits(_context: Any, _value: Any) -> Any:
 
 _as_float: Any = intrinsic(_type_as_float)
 _bits: Any = intrinsic(_type_bits)
+_magnitude: Any = intrinsic(_type_magnitude)
 _of_bits: Any = intrinsic(_type_of_bits)
 
 
@@ -93,7 +104,7 @@ def round_int8(rows, centre, rounded, lo, hi, unit, kept, lost):
         for d in range(row.size):
             row[d] = rows[j, d] - centre[d]
             square += row[d] * row[d]
-            bits = max(bits, _bits(row[d]) & np.uint32(0x7FFFFFFF))  # largest where |row[d]| is, and a quick maximum
+            bits = max(bits, _magnitude(row[d]))
         if not np.isfinite(square):
             line[:] = 0
             unit[j], kept[j], lost[j] = 1, 0, np.inf
@@ -101,9 +112,9 @@ def round_int8(rows, centre, rounded, lo, hi, unit, kept, lost):
         step = max(_of_bits(bits) / np.float32(127), LEAST_UNIT)
         inverse, near, off = np.float32(1) / step, np.float32(0), np.float32(0)
         for d in range(row.size):
-            whole = np.int32(row[d] * inverse + np.float32(128.5)) - np.int32(128)
-            line[d] = whole
-            value = step * np.float32(whole)
+            whole = np.rint(row[d] * inverse)
+            line[d] = np.int8(whole)
+            value = step * whole
             near += value * value
             off += (row[d] - value) * (row[d] - value)
         unit[j], kept[j], lost[j] = step, np.sqrt(near), np.sqrt(off)
@@ -117,45 +128,72 @@ def along(W, v, lo, hi, out):
 
 
 @compiled()
-def screen(product, rows, features, exact, half, error, lo, hi):
-    """(rows, z, entries of each feature, candidates, bound violations) of the features [lo, hi).
+def candidates(product, rows, features, lo, hi):
+    """(rows, guesses, candidates of each feature, how many of all a margin made candidates) of the features [lo, hi).
 
-    product [n, B], times unit_j·unit_b, is about z - bias - shift. rows: unit, kept, lost of x. features: unit, cut,
-    near, far, shift.
-    Where product + near_j·kept_b + far_j·lost_b >= cut_j is a candidate; its z is computed and decided upon. exact: x,
-    W, bias, threshold. A violation is a z that lies farther from its product than the margin + error·|product| + TINY.
+    product [n, B], times unit_j·unit_b, is a guess: about z - bias - shift. rows: unit, kept, lost of x. features:
+    unit, cut, near, far. Where guess + near_j·kept_b + far_j·lost_b >= cut_j is a candidate.
     """
-    x, W, bias, threshold = exact
     unit_b, kept, lost = rows
-    unit_j, cut, near, far, shift = features
+    unit_j, cut, near, far = features
     capacity = 256
-    out_rows, values = np.empty(capacity, np.int32), np.empty(capacity, x.dtype)
+    out_rows, guesses = np.empty(capacity, np.int32), np.empty(capacity, np.float32)
     counts = np.zeros(hi - lo, np.int64)
-    n, wrong, looked_at = 0, 0, 0
+    n, by_margin = 0, 0
     likely = np.zeros(-(-kept.size // 8) * 8, np.uint8)
-    candidates = np.empty(likely.size + 1, np.int32)
-    eight, z = np.empty(8, np.int32), np.empty(8, x.dtype)
+    some = np.empty(likely.size + 1, np.int32)
     for j in range(lo, hi):
-        line, theta = product[j], threshold[j]
-        found = _candidates(line, unit_j[j], cut[j], near[j], far[j], unit_b, kept, lost, likely, candidates)
-        looked_at += found
+        found = _candidates(product[j], unit_j[j], cut[j], near[j], far[j], unit_b, kept, lost, likely, some)
         while n + found > capacity:
             capacity *= 2
-            out_rows, values = _grown(out_rows, capacity), _grown(values, capacity)
-        before = n
-        for start in range(0, found, 8):
-            take_eight(eight, candidates, start, found)
-            dots(x, eight, W[j], z)
-            for k in range(min(8, found - start)):
-                b = eight[k]
-                guess = unit_j[j] * unit_b[b] * _as_float(line[b])
-                wrong += abs(z[k] - shift[j] - guess) > near[j] * kept[b] + far[j] * lost[b] + error * abs(guess) + TINY
-                value = z[k] + bias[j]
-                if value > theta or not abs(value - theta) >= half:
-                    out_rows[n], values[n] = b, value
-                    n += 1
+            out_rows, guesses = _grown(out_rows, capacity), _grown(guesses, capacity)
+        for k in range(found):
+            b = some[k]
+            out_rows[n + k], guesses[n + k] = b, unit_j[j] * unit_b[b] * _as_float(product[j, b])
+            by_margin += guesses[n + k] < cut[j]
+        counts[j - lo] = found
+        n += found
+    return out_rows[:n], guesses[:n], counts, by_margin
+
+
+@compiled()
+def add_products(tile, W, first, rows, ends, z, lo, hi):
+    """z[e] += tile[rows[e]]·W[j, first : first + width], for the candidates e of the features j of [lo, hi), which go
+    from ends[j] to ends[j + 1]. tile [B, width]: columns of x."""
+    eight, sums = np.empty(8, np.int32), np.empty(8, z.dtype)
+    for j in range(lo, hi):
+        w, end = W[j, first : first + tile.shape[1]], ends[j + 1]
+        for start in range(ends[j], end, 8):
+            take_eight(eight, rows, start, end)
+            dots(tile, eight, w, sums)
+            for k in range(min(8, end - start)):
+                z[start + k] += sums[k]
+
+
+@compiled()
+def decide(candidates, features, numbers, half, error, lo, hi):
+    """(rows, values, entries of each feature, bound violations): the entries among the candidates of [lo, hi).
+
+    candidates: rows, guesses, z (without bias), ends. features: bias, threshold, near, far, shift. numbers: kept, lost
+    of x. A violation is a z that lies farther from its guess than the margin + error·|guess| + TINY.
+    """
+    rows, guesses, z, ends = candidates
+    bias, threshold, near, far, shift = features
+    kept, lost = numbers
+    most = ends[hi] - ends[lo]
+    out_rows, values, counts = np.empty(most, np.int32), np.empty(most, z.dtype), np.zeros(hi - lo, np.int64)
+    n, wrong = 0, 0
+    for j in range(lo, hi):
+        before, theta = n, threshold[j]
+        for e in range(ends[j], ends[j + 1]):
+            b, guess = rows[e], guesses[e]
+            wrong += abs(z[e] - shift[j] - guess) > near[j] * kept[b] + far[j] * lost[b] + error * abs(guess) + TINY
+            value = z[e] + bias[j]
+            if value > theta or not abs(value - theta) >= half:
+                out_rows[n], values[n] = b, value
+                n += 1
         counts[j - lo] = n - before
-    return out_rows[:n], values[:n], counts, looked_at, wrong
+    return out_rows[:n], values[:n], counts, wrong
 
 
 @compiled()
