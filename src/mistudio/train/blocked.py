@@ -21,7 +21,7 @@ from mistudio.train.objectives import Trainable, objective_of
 from mistudio.train.objectives.matryoshka import groups, suffix_sums_
 from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.transcoder import base_of, has_skip
-from mistudio.train.optimizer import Adam, touched
+from mistudio.train.optimizer import Adam, with_gradient
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ class _BlockedStep:
                     d_enc.addr_(self.d_z_sum[block], self.p["b_dec"], alpha=-1)
                 features = torch.arange(block.start, block.stop, device=self.x.device)
                 if adam.first:
-                    some = touched(d_enc, d_dec)
+                    some = with_gradient(d_enc, d_dec)
                     features, d_enc, d_dec = features[some], d_enc[some], d_dec[some]
                 apply_rows(features, d_enc, d_dec, self.p, adam, lr)
         d_b_dec = mesh.sum_rows(d_b_dec) - mesh.sum_features(d_centre)

@@ -53,32 +53,38 @@ class Adam:
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of the parameters in `gradients`, in place; rows by feature that are not in it keep their clock."""
+        on = None
         if set(gradients) & set(FEATURE_AXIS):
             if self.first:
-                self._update_touched(gradients, lr)
-                gradients = {name: g for name, g in gradients.items() if name not in FEATURE_AXIS}
+                on = with_gradient(*(gradients[name].movedim(axis, 0) for name, axis in FEATURE_AXIS.items()))
             else:
                 self.catch_up()
                 self.row_steps += 1
         self.steps += 1
         correction, unbias = math.sqrt(1 - self.beta2**self.steps), 1 - self.beta1**self.steps
         for name, gradient in gradients.items():
+            axis = FEATURE_AXIS.get(name, 0)
             whole = [self.parameters[name].detach(), self.second[name], gradient]
             step = (lr if gradient.ndim > 1 else lr * self.vector_lr) / unbias
             if self.first:
                 whole.append(self.first[name])
-            for p, v, g, *m in _pieces(FEATURE_AXIS.get(name, 0), *whole):
-                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                moved = m[0].lerp_(g, 1 - self.beta1) if m else g
+                if on is not None and name in FEATURE_AXIS:
+                    whole.append(on.unsqueeze(1 - axis))
+            for p, v, g, *more in _pieces(axis, *whole):
+                moved = self._moments(v, g, *more)
                 p.addcdiv_(moved, v.sqrt().div_(correction).add_(self.eps), value=-step)
 
-    def _update_touched(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """`update_rows` of the rows whose gradient is not 0."""
-        by_row = {name: gradients[name].movedim(axis, 0) for name, axis in FEATURE_AXIS.items()}
-        features = touched(*by_row.values())
-        width = sum(g.shape[1] for g in by_row.values())
-        for some in features.split(max(1, PIECE_NUMBERS // width)):
-            self.update_rows(some, {name: g[some] for name, g in by_row.items()}, lr)
+    def _moments(self, v: Tensor, g: Tensor, m: Tensor | None = None, on: Tensor | None = None) -> Tensor:
+        """The first moment, after both took in the gradient; `on`: where not, they stay, and 0 is returned."""
+        beta1: float | Tensor = self.beta1
+        beta2: float | Tensor = self.beta2
+        if on is not None:
+            beta1, beta2 = (torch.where(on, torch.full_like(v[:1, :1], beta), 1.0) for beta in (beta1, beta2))
+        v.mul_(beta2).addcmul_(g, g, value=1 - self.beta2)
+        if m is None:
+            return g
+        m.mul_(beta1).add_(g, alpha=1 - self.beta1)
+        return m if on is None else m * on
 
     def rows(self, name: str) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
         """A parameter and its second moment with features first: views."""
@@ -133,9 +139,9 @@ class Adam:
         self.behind = False
 
 
-def touched(*gradients: Float[Tensor, "F _"]) -> Int[Tensor, " n"]:
-    """The features with a gradient, given with features first, that is not 0."""
-    return torch.stack([(g != 0).any(1) for g in gradients]).any(0).nonzero().squeeze(1)
+def with_gradient(*gradients: Float[Tensor, "F _"]) -> Bool[Tensor, " F"]:
+    """The features with a gradient, given with features first, that is not 0. Copies no matrix, waits for no GPU."""
+    return torch.stack([torch.linalg.vector_norm(g, math.inf, dim=1) != 0 for g in gradients]).any(0)
 
 
 @torch.no_grad()
