@@ -39,6 +39,7 @@ class Adam:
     ):
         """`vector_lr`: what the learning rate of parameters with one axis is multiplied by."""
         self.parameters, self.beta2, self.eps, self.vector_lr, self.beta1 = parameters, beta2, eps, vector_lr, beta1
+        self._betas = (beta1, beta2)
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()} if beta1 > 0 else {}
         """Empty where β₁ = 0: the first moment is then the gradient."""
@@ -76,10 +77,7 @@ class Adam:
 
     def _moments(self, v: Tensor, g: Tensor, m: Tensor | None = None, on: Tensor | None = None) -> Tensor:
         """The first moment, after both took in the gradient; `on`: where not, they stay, and 0 is returned."""
-        beta1: float | Tensor = self.beta1
-        beta2: float | Tensor = self.beta2
-        if on is not None:
-            beta1, beta2 = (torch.where(on, torch.full_like(v[:1, :1], beta), 1.0) for beta in (beta1, beta2))
+        beta1, beta2 = (b if on is None else torch.where(on, torch.full_like(v[:1, :1], b), 1.0) for b in self._betas)
         v.mul_(beta2).addcmul_(g, g, value=1 - self.beta2)
         if m is None:
             return g
