@@ -138,7 +138,7 @@ def train_ours(cell: Cell, path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         rows = file.get_tensor("train")
     recipe = recipes.quick(target_l0=cell.target_l0, steps=cell.steps, batch_rows=cell.batch_rows, seed=cell.seed)
-    cfg = dataclasses.replace(recipe, lr=cell.lr)
+    cfg = dataclasses.replace(recipe, lr=cell.lr, lr_width=None)
     sae = initial_sae(SAEConfig(d_model=rows.shape[1], d_sae=cell.d_sae, scale=1.0), cfg)
     with contextlib.redirect_stderr(io.StringIO()):
         train(sae, batches(rows, cell), cfg)

@@ -142,6 +142,18 @@ def test_features_that_start_again_have_no_first_moment():
     assert not state.adam.first["W_enc"][:, :2].any()
 
 
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_on_other_widths_matrices_take_another_learning_rate_and_vectors_the_same(engine):
+    ends = []
+    for lr in ({"lr": 0.02, "vector_lr": 0.5}, {"lr": 0.01, "lr_width": 4 * D}):
+        cfg = replace(CFG, engine=engine, **lr)
+        state = TrainState(sae_of(cfg, torch.float32), cfg)
+        for seed in range(5):
+            state.update(batch(seed))
+        ends.append(state.sae)
+    assert same_bits(*ends)
+
+
 def test_first_moments_are_counted_and_only_where_they_are():
     cpu = torch.device("cpu")
     with_them, without = (training_bytes(SAE, replace(CFG, beta1=b), cpu) for b in (0.8, 0.0))

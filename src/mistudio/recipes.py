@@ -72,8 +72,9 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
     starts short, so that it turns fast, and thresholds where the code is nearly sparse, since the first steps of a code
     that is half full spoil it. A first moment lets the weights learn twice as fast in a few hundred steps, for a third
     more memory; β₂ is small because the first step of a feature that was silent for long is up to lr/√(1 - β₂).
-    Thresholds and biases take a tenth of the weights' learning rate, else they are its limit. Both warm-ups shrink with
-    a shorter run (at 1,500 steps and above: 100 and 300 steps).
+    Thresholds and biases take a tenth of the weights' learning rate, else they are its limit; on wider activations than
+    the bundled model's the weights' is smaller (tried on widths from 128 to 512). Both warm-ups shrink with a shorter
+    run (at 1,500 steps and above: 100 and 300 steps).
     """
     return TrainConfig(
         steps=steps,
@@ -83,6 +84,7 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
         target_l0=target_l0,
         sparsity_warmup_steps=min(300, steps // 5),
         lr=1e-2,
+        lr_width=192,
         vector_lr=0.1,
         lr_warmup_steps=min(100, steps // 15),
         lr_decay_fraction=0.5,

@@ -73,7 +73,7 @@ def _adam(adam: Adam, lr: float) -> tuple[Any, Any, np.ndarray, tuple[Any, ...]]
     encoder, decoder = (_rows(adam, name) for name in ("W_enc", "W_dec"))
     correction, unbias = math.sqrt(1 - adam.beta2 ** (adam.steps + 1)), 1 - adam.beta1 ** (adam.steps + 1)
     real = decoder[0].dtype.type
-    numbers = tuple(real(n) for n in (lr / unbias, 1 - adam.beta2, correction, adam.eps, adam.beta1))
+    numbers = tuple(real(n) for n in (lr * adam.matrix_lr / unbias, 1 - adam.beta2, correction, adam.eps, adam.beta1))
     return encoder, decoder, adam.row_decay().numpy(), numbers
 
 

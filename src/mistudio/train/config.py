@@ -60,6 +60,9 @@ class TrainConfig:
 
     lr: float = 7e-5
     """Adam's learning rate after its warm-up."""
+    lr_width: int | None = None
+    """lr is meant for activations of this width D; for others that of the matrices is multiplied by sqrt(lr_width / D),
+    as the numbers of a row of norm 1 shrink. None: lr is taken as it is."""
     lr_warmup_steps: int = 1000
     """The learning rate rises along a cosine from a tenth to the whole over these steps."""
     lr_decay_fraction: float = 0.0
@@ -182,6 +185,8 @@ class TrainConfig:
             if number is not None:
                 _check(name, number, number >= 1, "at least 1")
         _check("aux_weight", self.aux_weight, 0 < self.aux_weight < math.inf, "a positive number")
+        if self.lr_width is not None:
+            _check("lr_width", self.lr_width, self.lr_width >= 1, "at least 1")
         if self.start_factor is not None:
             _check("start_factor", self.start_factor, 0 < self.start_factor < math.inf, "a positive number")
             if self.target_l0 is None or not self.trains_threshold:

@@ -131,7 +131,13 @@ class _Moments:
         self.rows = [_lines(t) for name in ("W_enc", "W_dec") for t in self._of(adam, name)]
         self.decay = adam.row_decay()
         correction, unbias = math.sqrt(1 - adam.beta2 ** (adam.steps + 1)), 1 - adam.beta1 ** (adam.steps + 1)
-        self.numbers = (float(lr) / unbias, 1 - adam.beta2, correction, float(adam.eps), float(adam.beta1))
+        self.numbers = (
+            float(lr) * adam.matrix_lr / unbias,
+            1 - adam.beta2,
+            correction,
+            float(adam.eps),
+            float(adam.beta1),
+        )
 
     @staticmethod
     def _of(adam: Adam, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,11 +35,17 @@ class Adam:
     """p ← p - lr · m / (1 - β₁ᵗ) / (√(v / (1 - β₂ᵗ)) + eps) with m ← β₁·m + (1 - β₁)·g and v ← β₂·v + (1 - β₂)·g²."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], beta2: float, eps: float, vector_lr: float = 1.0, beta1: float = 0.0
+        self,
+        parameters: Mapping[str, Tensor],
+        beta2: float,
+        eps: float,
+        vector_lr: float = 1.0,
+        beta1: float = 0.0,
+        matrix_lr: float = 1.0,
     ):
-        """`vector_lr`: what the learning rate of parameters with one axis is multiplied by."""
+        """vector_lr, matrix_lr: what the learning rate of parameters with one and with two axes is multiplied by."""
         self.parameters, self.beta2, self.eps, self.vector_lr, self.beta1 = parameters, beta2, eps, vector_lr, beta1
-        self._betas = (beta1, beta2)
+        self.matrix_lr, self._betas = matrix_lr, (beta1, beta2)
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()} if beta1 > 0 else {}
         """Empty where β₁ = 0: the first moment is then the gradient."""
@@ -66,7 +72,7 @@ class Adam:
         for name, gradient in gradients.items():
             axis = FEATURE_AXIS.get(name, 0)
             whole = [self.parameters[name].detach(), self.second[name], gradient]
-            step = (lr if gradient.ndim > 1 else lr * self.vector_lr) / unbias
+            step = lr * (self.matrix_lr if gradient.ndim > 1 else self.vector_lr) / unbias
             if self.first:
                 whole.append(self.first[name])
                 if on is not None and name in FEATURE_AXIS:
@@ -114,7 +120,9 @@ class Adam:
             if m is not None:
                 g = m[features].lerp_(g, 1 - self.beta1)
                 m[features] = g
-            p[features] = p[features].addcdiv_(g, second.sqrt().div_(correction).add_(self.eps), value=-lr / unbias)
+            p[features] = p[features].addcdiv_(
+                g, second.sqrt().div_(correction).add_(self.eps), value=-lr * self.matrix_lr / unbias
+            )
         self.mark(features)
 
     def mark(self, features: Int[Tensor, " n"] | Bool[Tensor, " F"]) -> None:

@@ -5,6 +5,7 @@ before a checkpoint, and resampling, which is rare. Non-finite values and leaps 
 anything (`watch`).
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -46,7 +47,9 @@ class TrainState:
         compiled = may_be_sparse and kernels_are_there(device)
         if may_be_sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-        self.adam = Adam(dict(sae.named_parameters()), cfg.beta2, cfg.adam_eps, cfg.vector_lr, cfg.beta1)
+        matrix_lr = 1.0 if cfg.lr_width is None else math.sqrt(cfg.lr_width / sae.config.d_model)
+        named = dict(sae.named_parameters())
+        self.adam = Adam(named, cfg.beta2, cfg.adam_eps, cfg.vector_lr, cfg.beta1, matrix_lr)
         self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if may_be_sparse else None
         in_a_row = sae.config.d_sae * mesh.features if cfg.k is None else min(cfg.k, sae.config.d_sae)
         self.entries = torch.full((), in_a_row * cfg.batch_rows, dtype=torch.float64, device=device)
