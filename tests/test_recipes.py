@@ -91,6 +91,7 @@ def test_the_frequency_penalty_leaves_no_feature_above_its_limit(weight):
         threshold_init=0.02,
         start_factor=None,
         encoder_init=1.0,
+        lr_width=None,
         beta1=0.0,
         lr=3e-3,
         vector_lr=1.0,
