@@ -1,12 +1,15 @@
 """The command line: helps, refuses with one sentence and exit code 2, and speaks JSON."""
 
+import errno
 import json
+import os
 from typing import Annotated, get_origin, get_type_hints
 
 import pytest
 
 from mistudio import cli
 from mistudio.studio import VERBS, load_verb
+from mistudio.train import Interrupted
 
 
 def run(capsys, *arguments):
@@ -24,6 +27,14 @@ def test_the_overview_names_every_verb(capsys):
     code, out, _ = run(capsys)
     assert code == 0
     assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("group", ["store", "feed", "sae"])
+def test_help_of_a_group_lists_its_verbs(capsys, group):
+    code, out, err = run(capsys, group, "--help")
+    assert (code, err) == (0, "")
+    verbs = [name for name in VERBS if name.startswith(f"{group} ")]
+    assert all(line[2:].startswith(f"{name} ") for name, line in zip(verbs, out.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -114,6 +125,25 @@ def test_json_is_json_and_nothing_else(capsys, tmp_path):
     code, text, _ = run(capsys, "collect", *flags)
     assert code == 0
     assert json.loads(text)["rows"] == 40
+
+
+def test_a_run_that_was_asked_to_stop_ends_with_exit_code_130(capsys, monkeypatch):
+    def stop(_):
+        raise Interrupted("Stopped by SIGINT after step 7 of 20.")
+
+    monkeypatch.setattr(cli, "load_verb", stop)
+    assert run(capsys, "train") == (130, "", "mistudio: Stopped by SIGINT after step 7 of 20.\n")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_disk_that_refuses_is_one_sentence(capsys, monkeypatch, number):
+    def refuse(_):
+        raise OSError(number, os.strerror(number), "s/manifest.json")
+
+    monkeypatch.setattr(cli, "load_verb", refuse)
+    code, out, err = run(capsys, "train")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"mistudio: s/manifest.json cannot be read or written: {os.strerror(number)}. Put that right")
 
 
 def test_a_set_of_downloads_with_a_failure_ends_with_a_table_and_exit_code_1(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Adam with a first moment: rows step when they have a gradient, however the step is computed; and how runs start."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -125,6 +126,23 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, died):
     resumed = run(tmp_path / "run", Source(batch), resume=True)
     assert files(tmp_path / "run") == files(tmp_path / "whole")
     assert same_bits(whole, resumed)
+
+
+def test_a_run_begun_before_there_was_a_first_moment_goes_on_without(tmp_path):
+    cfg = replace(CFG, beta1=0.0)
+
+    def run(source, resume=False):
+        return train(initial_sae(SAE, cfg), source, cfg, folder=tmp_path / "run", resume=resume).sae
+
+    with pytest.raises(RuntimeError):
+        run(Source(batch, fail_at=14))
+    record = tmp_path / "run/run.json"
+    start = json.loads(record.read_text())
+    for name in ("beta1", "encoder_init", "start_factor", "lr_width"):
+        del start["train"][name]
+    record.write_text(json.dumps(start))
+    resumed = run(Source(batch), resume=True)
+    assert same_bits(resumed, train(initial_sae(SAE, cfg), Source(batch), cfg).sae)
 
 
 def test_features_that_start_again_have_no_first_moment():

@@ -52,6 +52,11 @@ def test_quick_is_never_shorter_than_its_warm_ups(steps):
     assert length_warnings(quick(steps=steps)) == []
 
 
+def test_a_warm_up_of_no_penalty_is_not_warned_of():
+    cfg = dataclasses.replace(topk(), steps=200, lr_warmup_steps=10)
+    assert length_warnings(cfg) == []
+
+
 def superposition(width, directions, active, rows, seed=0):
     """Endless normalised rows: `active` of `directions` random directions on average, a mean, a little noise."""
     generator = torch.Generator().manual_seed(seed)

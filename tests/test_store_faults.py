@@ -215,6 +215,12 @@ def test_a_disk_that_fills_up_under_a_copy_is_said_and_gone_on_from(tmp_path):
     assert digest(path) == digest(source.path)
 
 
+def test_a_copy_of_what_is_there_already_counts_every_shard(tmp_path):
+    source = make(tmp_path / "source")
+    first, again = (copy_store(source, tmp_path / "s") for _ in range(2))
+    assert (again.sent, again.there) == (0, first.sent)
+
+
 # ---- damage while a store is in use
 
 

@@ -364,6 +364,10 @@ def test_no_attempt_begins_when_patience_is_at_an_end(url, s3, monkeypatch):
 def test_an_unknown_kind_of_url_is_one_sentence():
     with pytest.raises(StoreError, match="ftp://x/y: stores are in folders or at s3://"):
         Store.open("ftp://x/y")
+    with pytest.raises(
+        StoreError, match="ftp://x/y: stores are in folders or at s3://"
+    ):  # flags are paths: a slash is lost
+        remote.url_of(Path("ftp://x/y"))
 
 
 @pytest.mark.parametrize("scheme", remote.SCHEMES)

@@ -193,6 +193,12 @@ def test_a_split_with_an_empty_side_is_refused(tmp_path, whole, fraction):
         split(whole, tmp_path / "r", tmp_path / "h", fraction=fraction)
 
 
+def test_a_split_into_one_folder_is_refused_before_anything_is_written(tmp_path, whole):
+    with pytest.raises(ConfigError, match="give each a folder of its own"):
+        split(whole, tmp_path / "r", tmp_path / "h" / ".." / "r", fraction=0.3)
+    assert not (tmp_path / "r").exists()
+
+
 # ---- ls and rm
 
 

@@ -7,10 +7,12 @@ downloads with failures), 2 a mistake that the message says how to put right, 13
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,6 +27,9 @@ from mistudio.studio import VERBS, Verb, load_verb
 PIPED_WIDTH = 120
 """Columns of the tables where standard output is no terminal."""
 
+OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of the system that the user can put right, wherever they come up."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb and exits."""
@@ -34,6 +39,15 @@ def main(argv: list[str] | None = None) -> None:
         _run(arguments)
     except MistudioError as error:
         print(f"mistudio: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        print(
+            f"mistudio: {error.filename or 'A file'} cannot be read or written: {error.strerror}. Put that right (room "
+            "on the disk, permissions), then run this again; what takes long goes on with --resume.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("mistudio: interrupted.", file=sys.stderr)
@@ -43,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
+        return
+    if (group := _group(arguments[0])) and arguments[1:] in (["-h"], ["--help"]):
+        print(_listed(group))
         return
     if arguments[0] == "--version":
         print(f"mistudio {__version__}")
@@ -69,11 +86,20 @@ def _verb_name(arguments: list[str]) -> tuple[str, list[str]]:
     for words in (2, 1):
         if (name := " ".join(arguments[:words])) in VERBS:
             return name, arguments[words:]
-    group = [verb for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
+    group = _group(arguments[0])
     typed = " ".join(arguments[:2]) if group and len(arguments) > 1 else arguments[0]
     near = difflib.get_close_matches(typed, group or VERBS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(f"There is no verb {typed!r}.{hint} The verbs are {', '.join(group or VERBS)}.")
+
+
+def _group(word: str) -> list[str]:
+    """The verbs of two words that begin with this one."""
+    return [verb for verb in VERBS if verb.startswith(f"{word} ")]
+
+
+def _listed(verbs: Iterable[str]) -> str:
+    return "\n".join(f"  {name:<14} {VERBS[name]}" for name in verbs)
 
 
 def _log_to_stderr() -> None:
@@ -86,10 +112,9 @@ def _log_to_stderr() -> None:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<14} {help}" for name, help in VERBS.items())
     return (
         f"mistudio {__version__}: sparse autoencoders for language models, from activations to steering\n\n"
-        f"usage: mistudio VERB [flags]\n\n{verbs}\n\n"
+        f"usage: mistudio VERB [flags]\n\n{_listed(VERBS)}\n\n"
         "Every verb: --help says what each flag means, --config FILE.yaml gives settings that flags override,\n"
         "--json prints the result for machines. Start with: mistudio demo"
     )

@@ -1,4 +1,5 @@
-"""The exception tree. Whatever a user can cause is a `MistudioError`; the command line prints it and exits with 2.
+"""The exception tree. Whatever a user can cause is a `MistudioError`; the command line prints it and ends with its
+`exit_code`.
 
     MistudioError
     ├── ConfigError     a recipe, a flag or a configuration file is wrong
@@ -13,9 +14,14 @@
 A message says what was found, what was expected, and what to type.
 """
 
+from typing import ClassVar
+
 
 class MistudioError(Exception):
     """Something the user can put right; the message says how."""
+
+    exit_code: ClassVar[int] = 2
+    """What the command line ends with."""
 
 
 class ConfigError(MistudioError):

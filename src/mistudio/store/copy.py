@@ -113,10 +113,13 @@ def split(
 ) -> tuple[Store, Store]:
     """Two stores: the documents that are not held out, and those that are, each with probability `fraction`.
 
-    All rows of a document go to the same one; every row goes to one. ConfigError: a fraction that leaves one empty.
+    All rows of a document go to the same one; every row goes to one. ConfigError: a fraction that leaves one empty, or
+    one folder for both.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction = {fraction}, but it is between 0 and 1.")
+    if rest.resolve() == held_out.resolve():
+        raise ConfigError(f"Both parts would go to {rest}; give each a folder of its own.")
     chosen = chosen_documents(seed, _documents(store), fraction)
     counts = [0, 0]
     for bucket in range(len(store.manifest.bucket_sizes)):

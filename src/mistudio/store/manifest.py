@@ -154,7 +154,11 @@ class Manifest:
                 raise ConfigError(f"checksums does not hold one for each bucket of {', '.join(sorted(names))}.")
             every = (checksum for of_buckets in self.checksums.values() for checksum in of_buckets)
             if (odd := next((c for c in every if not is_checksum(c, named=self.version >= 4)), None)) is not None:
-                raise ConfigError(f"{odd!r} is no checksum of version {self.version} that this mistudio knows.")
+                expected = "xxh3_128: and 32 digits" if self.version >= 4 else "64 digits (SHA-256)"
+                raise ConfigError(
+                    f"{odd!r} is no checksum of version {self.version}, which is {expected}. The file is damaged or "
+                    f"edited; copy the store again or collect it again."
+                )
 
     @property
     def plan(self) -> Plan:

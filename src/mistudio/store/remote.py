@@ -50,9 +50,11 @@ def url_of(place: str | Path) -> str | None:
     if match is None or match[1] == "file":
         return None
     if match[1] not in SCHEMES:
-        if not match[2]:
+        if not match[2] and Path(f"{match[1]}:").is_dir():
             return None
-        raise StoreError(f"{place}: stores are in folders or at {', '.join(f'{name}://' for name in SCHEMES)}.")
+        raise StoreError(
+            f"{match[1]}://{match[3]}: stores are in folders or at {', '.join(f'{name}://' for name in SCHEMES)}."
+        )
     return f"{match[1]}://{match[3].strip('/')}"
 
 

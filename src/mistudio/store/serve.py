@@ -182,13 +182,13 @@ class FeedServer:
             request = wire.read_request(frames[0])
         except MistudioError as error:
             return self._send(trainer, [wire.refusal(str(error))])
-        self._note(trainer)
         if isinstance(request, wire.AskLoad):
             return self._send(trainer, [wire.header(self._load(request.number))])
         if isinstance(request, wire.AskStore):
             is_ = wire.StoreIs(number=request.number, first_bucket=self.buckets.start, end_bucket=self.buckets.stop)
             means = [self.store.mean(site).numpy().astype("<f4") for site in self.store.sites]
             return self._send(trainer, [wire.header(is_), self._manifest, *means])
+        self._note(trainer)
         if refused := self._refused(request, len(self._waiting.get(trainer, ()))):
             return self._send(trainer, [wire.refusal(refused, request.number)])
         if trainer not in self._waiting:
@@ -296,7 +296,7 @@ class FeedServer:
         return True
 
     def _note(self, trainer: bytes) -> None:
-        """The trainer asked just now; those that have not for a while are forgotten."""
+        """The trainer asked for rows just now; those that have not for a while are forgotten."""
         now = time.monotonic()
         if len(self._seen) >= TRAINERS_MOST:
             self._seen = {name: when for name, when in self._seen.items() if now - when < _RECENT_S}

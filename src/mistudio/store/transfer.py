@@ -140,7 +140,9 @@ def _copied(store: Store, target: Remote | _Disk) -> Copied:
     manifest = store.file(MANIFEST)
     there = target.sizes()
     if not _begun(target, there, manifest):
-        return Copied(place=str(target), sent=0, there=len(store.manifest.bucket_sizes), bytes=0)
+        of_a_bucket = bucket_shards(store.path, 0, store.manifest.plan.widths, store.manifest.dtype)
+        shards_there = len(of_a_bucket) * len(store.manifest.bucket_sizes)
+        return Copied(place=str(target), sent=0, there=shards_there, bytes=0)
     sent = skipped = moved = 0
     with progress_bar("copy", store.rows * store.manifest.plan.row_bytes, "bytes") as bar:
         for bucket, rows in enumerate(store.manifest.bucket_sizes):

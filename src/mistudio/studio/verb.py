@@ -46,7 +46,7 @@ VERBS: dict[str, str] = {
     "feed ping": "whether feed servers answer, and what they serve",
     "feed key": "keys for feed servers that other machines can reach",
     "train": "an SAE on a site of a store, or a sweep of them on one stream",
-    "train-live": "a JumpReLU SAE straight from the model, with no store between",
+    "train-live": "an SAE straight from the model, with no store between",
     "eval": "L0, FVU, delta loss and feature statistics of an SAE on held-out text",
     "concepts": "which features match the labelled concepts of the demo stories",
     "steer": "text written with features added to the model, beside text without",

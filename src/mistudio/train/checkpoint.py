@@ -14,6 +14,7 @@ of resampling of seed and step, so nothing else is needed. What is not finite is
 on with another number of processes: each reads the features it holds from whatever parts there are.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -76,9 +77,14 @@ def write_start(folder: Path, cfg: TrainConfig, sae: SAEConfig, start: Mapping[s
 
 def check_same_run(folder: Path, cfg: TrainConfig, sae: SAEConfig) -> None:
     """Nothing; TrainError naming the fields, where the run was started with others. Logging fields may change, and the
-    learning rate from the last checkpoint's step on (lr_changes)."""
+    learning rate from the last checkpoint's step on (lr_changes). Fields that came to be since have their defaults,
+    which mean what was done before."""
     record = _read_start(folder)
-    was, now = record["train"], json.loads(json.dumps(to_dict(cfg)))  # a tuple is a list in JSON
+    now = json.loads(json.dumps(to_dict(cfg)))  # a tuple is a list in JSON
+    added = {
+        f.name: now[f.name] for f in dataclasses.fields(cfg) if f.name not in record["train"] and _is_default(f, cfg)
+    }
+    was = {**record["train"], **added}
     done = max(_complete_steps(folder / "checkpoints"), default=0)
     for config in (was, now):
         config["lr_changes"] = [pair for pair in config.get("lr_changes", []) if pair[0] < done]
@@ -110,6 +116,10 @@ def _read_start(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
         raise TrainError(f"{path} is not a run of mistudio (format {FORMAT!r}, version {VERSION}).")
     return record
+
+
+def _is_default(field: "dataclasses.Field[Any]", cfg: TrainConfig) -> bool:
+    return bool(getattr(cfg, field.name) == field.default)
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any], ignored: frozenset[str] = frozenset()) -> list[str]:

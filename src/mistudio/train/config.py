@@ -190,7 +190,10 @@ class TrainConfig:
         if self.start_factor is not None:
             _check("start_factor", self.start_factor, 0 < self.start_factor < math.inf, "a positive number")
             if self.target_l0 is None or not self.trains_threshold:
-                raise ConfigError("start_factor multiplies the target_l0 of jumprelu, and there is none; leave it out")
+                raise ConfigError(
+                    "start_factor multiplies the target_l0 of jumprelu, and there is none; set start_factor to None, "
+                    "as the recipes topk, batchtopk and relu do"
+                )
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, 0 < self.clip_norm < math.inf, "a positive number")
         ends = (0.0, *self.prefixes, 1.0)
@@ -201,7 +204,8 @@ class TrainConfig:
         aims = self.sparsity in ("target_mean_l0", "target_token_l0")
         if not aims and self.target_l0 is not None:
             raise ConfigError(
-                f"target_l0 has no effect with sparsity {self.sparsity}; use target_mean_l0, or leave target_l0 out"
+                f"target_l0 has no effect with sparsity {self.sparsity}; set target_l0 to None, or for jumprelu use "
+                "sparsity target_mean_l0"
             )
         if aims and not (self.target_l0 is not None and 0 < self.target_l0 < math.inf):
             raise ConfigError(f"sparsity {self.sparsity} needs a positive target_l0, not {self.target_l0}")

@@ -33,6 +33,8 @@ from mistudio.train.together import Batch, Reader, Resumable, update_all
 class Interrupted(TrainError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and wrote a checkpoint."""
 
+    exit_code = 130
+
 
 @overload
 def train(

@@ -42,7 +42,7 @@ def length_warnings(cfg: TrainConfig) -> list[str]:
             f"The run has {cfg.steps:,} steps, fewer than its learning-rate warm-up of {cfg.lr_warmup_steps:,}: the "
             "learning rate never reaches lr. Raise steps or lower lr_warmup_steps."
         )
-    if cfg.steps < cfg.sparsity_warmup_steps:
+    if cfg.sparsity_weight > 0 and cfg.steps < cfg.sparsity_warmup_steps:
         found.append(
             f"The run has {cfg.steps:,} steps, fewer than its sparsity warm-up of {cfg.sparsity_warmup_steps:,}: the "
             "penalty never has its full weight. Raise steps or lower sparsity_warmup_steps."
