@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -240,9 +240,9 @@ def collect(cfg: CollectConfig, lm: LanguageModel | None = None, read: Read | No
         if not writer.complete:
             done = writer.rows + (writer.outliers.dropped if writer.outliers else 0)
             groups = _groups(cfg, rows, context)
-            found = _made(batches(lm, groups, done), lm.device if read is None else None, cfg.text)
             on_cpu = read is None and lm.device.type == "cpu"
-            out_of_time = _fill(writer, read or partial(_read_all, lm, sites), found, cfg, between=on_cpu)
+            read = read or partial(_read_all, lm, sites)
+            out_of_time = _fill(writer, read, batches(lm, groups, done), cfg, between=on_cpu)
             ended_by = _ended_by(writer, cfg, some, out_of_time)
         store = writer.finish(ended_by=ended_by)
     if store.manifest.ended_by not in (None, "tokens"):
@@ -288,38 +288,21 @@ def _ended_by(writer: StoreWriter, cfg: CollectConfig, some: FirstDocuments, out
     return "documents" if some.spent else "text"
 
 
-def _made(found: Iterator[Batch], device: torch.device | None, text: str) -> AbstractContextManager[Iterator[Batch]]:
-    """The batches, made in another thread while the model on `device` reads (None: it reads elsewhere).
-
-    On a CPU they are made between its passes: tokenising takes all cores, and a thread that takes one of them, or the
-    interpreter, from a pass costs the whole pass that time (benchmarks/collect_overhead.py). A network is waited for
-    in the other thread all the same.
-    """
-    if device is not None and device.type == "cpu" and not text.startswith("hf:"):
-        return nullcontext(found)
-    return Ahead(found, BATCHES_AHEAD)
-
-
-def _fill(
-    writer: StoreWriter,
-    read: Read,
-    found: AbstractContextManager[Iterator[Batch]],
-    cfg: CollectConfig,
-    *,
-    between: bool,
-) -> bool:
+def _fill(writer: StoreWriter, read: Read, found: Iterator[Batch], cfg: CollectConfig, *, between: bool) -> bool:
     """Writes until there are as many rows as planned, or the text or `cfg.hours` ends (True); the last checkpoint is at
     the end.
 
-    Rows are written in another thread while the model reads, with at most `BATCHES_BEHIND` batches waiting; what is
-    computed and its order do not change. `between`: they are written between the model's passes, for the reason that
-    `_made` gives, unless there is a checkpoint to write, which waits for the disk, or one is being written.
+    Text and tokens are made in one thread and rows are written in another while the model reads, with at most
+    `BATCHES_AHEAD` and `BATCHES_BEHIND` batches waiting. `between`, for a model on a CPU: both are done between its
+    passes, since a thread that takes a core, or the interpreter, from a pass costs the whole pass that time
+    (benchmarks/collect_overhead.py); but not what waits, for a network or for the disk at a checkpoint. What is
+    computed and its order are the same.
     """
     left = writer.plan.expected_rows - writer.rows
     clock = Clock(cfg.hours)
     with (
         progress_bar("collect", writer.plan.expected_rows, "tokens", start=writer.rows) as bar,
-        found as tokens,
+        nullcontext(found) if between and not cfg.text.startswith("hf:") else Ahead(found, BATCHES_AHEAD) as tokens,
         Behind(BATCHES_BEHIND) as disk,
     ):
         record = _Record(writer, bar)

@@ -109,6 +109,7 @@ def apply_rows(
     """Takes Adam's step with the rows of these features [n] int64, which must be distinct.
 
     g_enc [n, D]; g_dec [n, E] first loses, in place, its part along each decoder row, and that row is renormalised.
+    Kernels may leave anything in the gradients.
     """
     W_dec = parameters["W_dec"]
     remove_parallel_(g_dec, W_dec[features])
