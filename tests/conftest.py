@@ -32,3 +32,11 @@ def no_fsync():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture
+def no_waits(tmp_path, monkeypatch):
+    """Stores at URLs without waits, with a cache of the test's own, and pieces so small that a shard has several."""
+    monkeypatch.setattr("mistudio.store.remote.WAITS_S", (0, 0, 0))
+    monkeypatch.setattr("mistudio.store.remote.PIECE_BYTES", 300)
+    monkeypatch.setenv("MISTUDIO_CACHE", str(tmp_path / "cache"))

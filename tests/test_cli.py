@@ -7,20 +7,10 @@ from typing import Annotated, get_origin, get_type_hints
 
 import pytest
 
+from command_line import run
 from mistudio import cli
 from mistudio.studio import VERBS, load_verb
 from mistudio.train import Interrupted
-
-
-def run(capsys, *arguments):
-    """(exit code, standard output, standard error)."""
-    code = 0
-    try:
-        cli.main(list(arguments))
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_the_overview_names_every_verb(capsys):

@@ -40,8 +40,7 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cfg(text, tmp_path, monkeypatch) -> CollectConfig:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def cfg(text, tmp_path) -> CollectConfig:
     return CollectConfig(
         sites=SITES,
         tokens=TOKENS,

@@ -9,31 +9,29 @@ import pytest
 import torch
 
 from mistudio.errors import TrainError
-from mistudio.sae import SAEConfig
-from mistudio.train import TrainConfig, initial_sae, sparse, train
+from mistudio.train import initial_sae, sparse, train
 from mistudio.train.loss import loss
 from mistudio.train.sparse import SparseStep
 from mistudio.train.state import TrainState
-from tiny_training import Source, adam_of, dense_step, feature_major, files, normal_rows, parameters, same_bits
+from tiny_training import (
+    SAE,
+    SPARSE_RUN,
+    B,
+    D,
+    F,
+    Source,
+    adam_of,
+    dense_step,
+    feature_major,
+    files,
+    normal_rows,
+    parameters,
+    same_bits,
+)
 
 pytest.importorskip("numba")
 
-D, F, B = 12, 40, 24
-SAE = SAEConfig(d_model=D, d_sae=F, scale=1.0)
-CFG = TrainConfig(
-    steps=30,
-    batch_rows=B,
-    sparsity_weight=0.3,
-    sparsity_warmup_steps=0,
-    lr=1e-2,
-    lr_warmup_steps=0,
-    bandwidth=0.2,
-    threshold_init=0.3,
-    log_threshold=False,
-    engine="sparse",
-    log_every=7,
-    checkpoint_every=10,
-)
+CFG = SPARSE_RUN
 PENALTIES = [("l0", None), ("target_mean_l0", 4.0), ("target_token_l0", 4.0)]
 VARIANTS = [
     {"sparsity": sparsity, "target_l0": target, "log_threshold": log, "pre_encoder_bias": bias}

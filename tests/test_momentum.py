@@ -9,31 +9,28 @@ import torch
 
 from mistudio.errors import ConfigError
 from mistudio.sae import SAEConfig, TranscoderConfig
-from mistudio.train import TrainConfig, initial_sae, train
+from mistudio.train import initial_sae, train
 from mistudio.train.memory import training_bytes
 from mistudio.train.optimizer import Adam
 from mistudio.train.sparse import SparseStep
 from mistudio.train.state import TrainState
-from tiny_training import Source, adam_of, dense_step, feature_major, files, normal_rows, parameters, same_bits
-
-D, F, B = 12, 40, 24
-CFG = TrainConfig(
-    steps=30,
-    batch_rows=B,
-    sparsity_weight=0.05,
-    sparsity_warmup_steps=0,
-    lr=3e-3,
-    lr_warmup_steps=0,
-    beta1=0.8,
-    beta2=0.95,
-    bandwidth=0.2,
-    threshold_init=0.3,
-    log_threshold=False,
-    engine="sparse",
-    log_every=7,
-    checkpoint_every=10,
+from tiny_training import (
+    SAE,
+    SPARSE_RUN,
+    B,
+    D,
+    F,
+    Source,
+    adam_of,
+    dense_step,
+    feature_major,
+    files,
+    normal_rows,
+    parameters,
+    same_bits,
 )
-SAE = SAEConfig(d_model=D, d_sae=F, scale=1.0)
+
+CFG = replace(SPARSE_RUN, sparsity_weight=0.05, lr=3e-3, beta1=0.8, beta2=0.95)
 
 
 def batch(seed):

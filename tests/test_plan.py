@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from mistudio import cli
+from command_line import run
 from mistudio.errors import ConfigError
 from mistudio.hub.index import entries
 from mistudio.lm import LanguageModel
@@ -147,19 +147,9 @@ def test_what_cannot_be_planned_is_refused():
         make_plan(size, ["layers.1.mlp_out"], 10, [SAEJob(site="layers.2.mlp_out", width=9, rows=9)], A100)
 
 
-def run(capsys, *arguments):
-    code = 0
-    try:
-        cli.main(["plan", *map(str, arguments)])
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
     flags = ("--model", "gemma-2-2b", "--sites", "layers.20.resid_post", "--tokens", 4_000_000_000, "--widths", 16384)
-    code, out, _ = run(capsys, *flags, "--json")
+    code, out, _ = run(capsys, "plan", *flags, "--json")
     assert code == 0
     by_flags = json.loads(out)
     assert by_flags["store_bytes"] == 4_000_000_000 * (2304 * 4 + 12)
@@ -169,11 +159,11 @@ def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
         "saes: [{site: layers.20.resid_post, width: 16384, recipe: gemma_scope}]\n"
         "evaluate: {rows: 2048, context: 1024}\n"
     )
-    code, out, _ = run(capsys, tmp_path / "r.yaml", "--json")
+    code, out, _ = run(capsys, "plan", tmp_path / "r.yaml", "--json")
     by_recipe = json.loads(out)
     assert by_recipe["store_bytes"] == by_flags["store_bytes"]
     assert by_recipe["flops"] == pytest.approx(by_flags["flops"], rel=1e-5)
-    code, out, _ = run(capsys, *flags, "--rate", 2)
+    code, out, _ = run(capsys, "plan", *flags, "--rate", 2)
     assert (code, "costing" in out, "Assumed:" in out) == (0, True, True)
 
 
@@ -188,5 +178,5 @@ def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
     ],
 )
 def test_a_plan_of_nothing_is_refused(capsys, arguments, says):
-    code, _, err = run(capsys, *arguments)
+    code, _, err = run(capsys, "plan", *arguments)
     assert (code, says in err) == (2, True)

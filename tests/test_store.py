@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,14 +24,6 @@ from mistudio.store.writer import make_plan
 
 A, B = "layers.3.resid_post", "layers.3.attn_z"
 PORTION = 17  # rows a write
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync():
-    """Waiting for the disk proves nothing here: what SIGKILL leaves behind does not depend on it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 def settings_of(rows: int = 200, bucket_rows: int = 40, seed: int = 5, **changes) -> dict:

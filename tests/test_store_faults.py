@@ -27,11 +27,6 @@ CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdi
 """What Python announces before it does it, and may change a file."""
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def in_child(work, folder: Path, kill_at: int | None) -> int:
     """Runs `work` in a process that ends, with nothing cleaned up, before its `kill_at`-th step that touches a file in
     `folder`, or within the `kill_at`-th write of rows; how many steps there were."""

@@ -29,12 +29,7 @@ s3fs = pytest.importorskip("s3fs")
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    """No waits, no fsync, a cache of the test's own, and pieces so small that a shard has several."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(remote, "WAITS_S", (0, 0, 0))
-    monkeypatch.setattr(remote, "PIECE_BYTES", 300)
-    monkeypatch.setenv("MISTUDIO_CACHE", str(tmp_path / "cache"))
+def credentials(no_waits, monkeypatch):
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
 

@@ -17,9 +17,9 @@ import pytest
 import s3fs
 import torch
 
+from command_line import run
 from gs_server import GsServer
 from hub_server import HubServer
-from mistudio import cli
 from mistudio.collect import collect
 from mistudio.errors import StoreError
 from mistudio.store import Store, copy_store, remote, schemes, stores_in, verify
@@ -30,7 +30,10 @@ from test_store import A, digest, make
 
 only_gs = pytest.mark.parametrize("server", ["gs"], indirect=True)
 only_hf = pytest.mark.parametrize("server", ["hf"], indirect=True)
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
+pytestmark = [
+    pytest.mark.usefixtures("no_waits"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's own
+]
 STORES = {"s3": "bucket", "gs": "bucket", "hf": "datasets/someone/stores"}
 
 
@@ -99,15 +102,6 @@ def far(server, tmp_path, monkeypatch) -> Far:
     return Far(kind, running)
 
 
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    """No waits, no fsync, a cache of the test's own, and pieces so small that a shard has several."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(remote, "WAITS_S", (0, 0, 0))
-    monkeypatch.setattr(remote, "PIECE_BYTES", 300)
-    monkeypatch.setenv("MISTUDIO_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def local(tmp_path) -> Store:
     return make(tmp_path / "local", rows=90, bucket_rows=30)
@@ -123,16 +117,6 @@ def url(far, local) -> str:
 def batches(store: Store) -> torch.Tensor:
     feed = store.feed(A, 50, seed=1)
     return torch.cat([next(feed) for _ in range(5)])
-
-
-def run(capsys, *arguments):
-    code = 0
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # ---- writing, and reading what was written

@@ -1,24 +1,16 @@
 """Listing, verifying, converting, merging, splitting and removing stores; each also from the command line."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mistudio import cli
+from command_line import run
 from mistudio.errors import ConfigError, StoreError
 from mistudio.store import Store, StoreWriter, convert, merge, remove, split, stores_in, verify
 from test_store import A, B, as_version_1, digest, make, settings_of, write
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture
@@ -45,16 +37,6 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-
-
-def run(capsys, *arguments):
-    code = 0
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # ---- verify

@@ -14,8 +14,27 @@ import signal
 
 import torch
 
+from mistudio.sae import SAEConfig
+from mistudio.train import TrainConfig
 from mistudio.train.loss import loss_and_gradients
 from mistudio.train.optimizer import Adam, clip_factor, normalise_rows_, remove_parallel_
+
+D, F, B = 12, 40, 24
+SAE = SAEConfig(d_model=D, d_sae=F, scale=1.0)
+SPARSE_RUN = TrainConfig(
+    steps=30,
+    batch_rows=B,
+    sparsity_weight=0.3,
+    sparsity_warmup_steps=0,
+    lr=1e-2,
+    lr_warmup_steps=0,
+    bandwidth=0.2,
+    threshold_init=0.3,
+    log_threshold=False,
+    engine="sparse",
+    log_every=7,
+    checkpoint_every=10,
+)
 
 
 def normal_rows(seed, *shape):
