@@ -9,7 +9,7 @@ import torch
 from mistudio.sae.code import FeatureCode, SparseCode, select
 
 pytest.importorskip("numba")
-from mistudio.train import products, screen_kernels
+from mistudio.train import products, screen_kernels, search
 from mistudio.train import screen as screening
 from mistudio.train.screen import Query, Screen, select_many
 
@@ -278,7 +278,7 @@ def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again
     W[:, 0] = 0
     bias, theta = torch.zeros(384), torch.full((384,), 0.25)
     expected = Screen(W, torch.bfloat16).select(x, bias, None, theta, BANDWIDTH)
-    screen = Screen(W)
+    screen = Screen(W, torch.int8)
     screen.dtypes = [torch.int8, torch.bfloat16, torch.float32]
     used.clear()
     for _ in range(screening.REST + 1):
@@ -296,11 +296,11 @@ def test_columns_taken_in_tiles_and_candidates_decided_upon_early_find_the_same_
     whole = Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH)
     monkeypatch.setattr(screening, "BLOCK_ENTRIES", 300 * 130)
     for pending in (0, 1 << 20):
-        monkeypatch.setattr(screening, "PENDING", pending)
+        monkeypatch.setattr(search, "PENDING", pending)
         assert same(Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH), whole)
-    monkeypatch.setattr(screening, "CACHED", 0)
+    monkeypatch.setattr(search, "CACHED", 0)
     for tile in (32, 40):  # tiles of one width, and a narrower last one
-        monkeypatch.setattr(screening, "TILE", tile)
+        monkeypatch.setattr(search, "TILE", tile)
         tiled = Screen(W, dtype).select(x, bias, None, theta, BANDWIDTH)
         assert torch.equal(tiled.rows, whole.rows)
         torch.testing.assert_close(tiled.values, whole.values)

@@ -9,6 +9,7 @@ Compiled code is cached beside this file, where Python caches its own.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,18 +26,41 @@ UNIT = 128
 """Features or rows in a range. Fixed, because sums over features are taken range by range."""
 
 
-def in_ranges(kernel: Callable[[int, int], Any], n: int, unit: int = UNIT) -> list[Any]:
-    """kernel(lo, hi) of every range of [0, n), in order; on as many threads as torch uses."""
-    starts = range(0, n, unit)
+def in_ranges(kernel: Callable[[int, int], Any], n: int, unit: int | None = UNIT) -> list[Any]:
+    """kernel(lo, hi) of every range of [0, n), in order; on as many threads as torch uses. unit: the length of a range;
+    None: some for each thread."""
     threads = torch.get_num_threads()
+    unit = max(UNIT, -(-n // (8 * threads))) if unit is None else unit
+    starts = range(0, n, unit)
     if threads == 1 or len(starts) == 1:
         return [kernel(lo, min(lo + unit, n)) for lo in starts]
     return list(_pool(threads).map(lambda lo: kernel(lo, min(lo + unit, n)), starts))
 
 
+def on_threads(work: Callable[[int], None]) -> None:
+    """work(0), work(1), …: at once on as many threads as torch uses, each of which has torch for itself alone."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return work(0)
+    list(_pool(threads).map(work, range(threads)))
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="mistudio")
+    """Threads in which torch's operations use no others: those of OpenMP, waiting for each other, would take time from
+    the ones that work."""
+    everyone = threading.Barrier(threads)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first time, this takes over the process's number
+        torch.set_num_threads(1)
+        everyone.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mistudio")
+    for begun in [pool.submit(begin) for _ in range(threads)]:
+        begun.result()
+    torch.set_num_threads(threads)  # for threads to come: they take over the last number that was set
+    return pool
 
 
 @compiled(inline="always")

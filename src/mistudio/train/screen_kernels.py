@@ -121,15 +121,16 @@ def round_int8(rows, centre, rounded, lo, hi, unit, kept, lost):
 
 
 @compiled()
-def along(W, v, lo, hi, out):
-    """out[j] = v·W[j]."""
-    for j in range(lo, hi):
-        out[j] = dot(W[j], v)
+def along(W, vectors, out):
+    """out[k, j] = vectors[k]·W[j]."""
+    for j in range(len(W)):
+        for k in range(len(vectors)):
+            out[k, j] = dot(W[j], vectors[k])
 
 
 @compiled()
-def candidates(product, rows, features, lo, hi):
-    """(rows, guesses, candidates of each feature, how many of all a margin made candidates) of the features [lo, hi).
+def candidates(product, rows, features):
+    """(rows, guesses, candidates of each feature, how many of all a margin made candidates).
 
     product [n, B], times unit_j·unit_b, is a guess: about z - bias - shift. rows: unit, kept, lost of x. features:
     unit, cut, near, far. Where guess + near_j·kept_b + far_j·lost_b >= cut_j is a candidate.
@@ -138,11 +139,11 @@ def candidates(product, rows, features, lo, hi):
     unit_j, cut, near, far = features
     capacity = 256
     out_rows, guesses = np.empty(capacity, np.int32), np.empty(capacity, np.float32)
-    counts = np.zeros(hi - lo, np.int64)
+    counts = np.zeros(len(product), np.int64)
     n, by_margin = 0, 0
     likely = np.zeros(-(-kept.size // 8) * 8, np.uint8)
     some = np.empty(likely.size + 1, np.int32)
-    for j in range(lo, hi):
+    for j in range(len(product)):
         found = _candidates(product[j], unit_j[j], cut[j], near[j], far[j], unit_b, kept, lost, likely, some)
         while n + found > capacity:
             capacity *= 2
@@ -151,7 +152,7 @@ def candidates(product, rows, features, lo, hi):
             b = some[k]
             out_rows[n + k], guesses[n + k] = b, unit_j[j] * unit_b[b] * _as_float(product[j, b])
             by_margin += guesses[n + k] < cut[j]
-        counts[j - lo] = found
+        counts[j] = found
         n += found
     return out_rows[:n], guesses[:n], counts, by_margin
 
