@@ -31,7 +31,7 @@ def visit(work: Work, adam: Adam, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     marks = touched.numpy()
 
     def some(lo: int, hi: int) -> None:
-        kernels.visit(*batch.given, encoder, decoder, decay, numbers, lo, hi, *batch.out(lo), marks)
+        kernels.visit(*batch.given, encoder, decoder, decay, numbers, lo, hi, *batch.out, marks)
 
     kernels.in_ranges(some, work.code.n_features)
     adam.mark(touched)
@@ -52,7 +52,7 @@ def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = (g_enc.numpy(), g_dec.numpy())
 
     def some(lo: int, hi: int) -> None:
-        kernels.row_gradients(*batch.given, touched.numpy(), place, *rows, lo, hi, *batch.out(lo))
+        kernels.row_gradients(*batch.given, touched.numpy(), place, *rows, lo, hi, *batch.out)
 
     kernels.in_ranges(some, F)
     return batch.sums, batch.partial.sum(0), features, g_enc, g_dec
@@ -98,8 +98,5 @@ class _Batch:
                       numbers, work.centred)  # fmt: skip
         self.sums = x.new_zeros(code.n_features, 5)
         self.partial = x.new_zeros(-(-code.n_features // kernels.UNIT), x.shape[1])
-        """Every range's part of d_b_dec: they are added in one order."""
-
-    def out(self, lo: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the range that begins at feature lo leaves sums and its part of d_b_dec."""
-        return self.sums.numpy(), self.partial[lo // kernels.UNIT].numpy()
+        """Every unit's part of d_b_dec: they are added in one order."""
+        self.out = (self.sums.numpy(), self.partial.numpy())

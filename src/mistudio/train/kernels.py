@@ -23,18 +23,17 @@ compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
 )
 
 UNIT = 128
-"""Features or rows in a range. Fixed, because sums over features are taken range by range."""
+"""Features whose part of a sum over features is taken together. Fixed, so that the sum does not depend on threads."""
 
 
-def in_ranges(kernel: Callable[[int, int], Any], n: int, unit: int | None = UNIT) -> list[Any]:
-    """kernel(lo, hi) of every range of [0, n), in order; on as many threads as torch uses. unit: the length of a range;
-    None: some for each thread."""
+def in_ranges(kernel: Callable[[int, int], Any], n: int) -> list[Any]:
+    """kernel(lo, hi) of ranges that make up [0, n), in order; on as many threads as torch uses. Ranges begin at
+    multiples of UNIT, and there are several for each thread."""
     threads = torch.get_num_threads()
-    unit = max(UNIT, -(-n // (8 * threads))) if unit is None else unit
-    starts = range(0, n, unit)
-    if threads == 1 or len(starts) == 1:
-        return [kernel(lo, min(lo + unit, n)) for lo in starts]
-    return list(_pool(threads).map(lambda lo: kernel(lo, min(lo + unit, n)), starts))
+    length = n if threads == 1 else UNIT * -(-n // (16 * threads * UNIT))
+    if length >= n:
+        return [kernel(0, n)]
+    return list(_pool(threads).map(lambda lo: kernel(lo, min(lo + length, n)), range(0, n, length)))
 
 
 def on_threads(work: Callable[[int], None]) -> None:
@@ -165,12 +164,13 @@ def visit(
     their two moments. decay: what a row's second moment is multiplied by. step: lr / (1 - β₁ᵗ), 1 - β₂, √(1 - β₂ᵗ),
     Adam's ε, β₁; where that is 0 there are no first moments.
     sums: of each feature, Σ d_f, Σ d_f over the window, Σ price over the window, how often it fired, how often it was
-    in the window. d_b_dec: Σ d_f·W_enc over the range. touched: whether a feature's rows were updated.
+    in the window. d_b_dec: Σ d_f·W_enc over each UNIT of features. touched: whether a feature's rows were updated.
     """
+    scratch = _scratch(W_dec)
     g_enc, g_dec = np.empty(W_enc.shape[1], W_enc.dtype), np.empty(W_dec.shape[1], W_dec.dtype)
     for j in range(lo, hi):
         _gradients(code, batch, W_enc[j], W_dec[j], threshold[j], price, b_dec, numbers, centred, j, g_enc, g_dec,
-                   sums[j], d_b_dec)  # fmt: skip
+                   sums[j], d_b_dec[j // UNIT], scratch)  # fmt: skip
         touched[j] = sums[j, 3] > 0
         if touched[j]:
             _update(encoder, decoder, decay[j], step, j, g_enc, g_dec)
@@ -182,13 +182,14 @@ def row_gradients(
     touched, place, g_enc, g_dec, lo, hi, sums, d_b_dec,
 ):  # fmt: skip
     """The gradients of `visit` of touched features, in the rows `place` of g_enc and g_dec; others have sums only."""
+    scratch = _scratch(W_dec)
     unused_enc, unused_dec = np.empty(W_enc.shape[1], W_enc.dtype), np.empty(W_dec.shape[1], W_dec.dtype)
     for j in range(lo, hi):
         own_enc, own_dec = unused_enc, unused_dec
         if touched[j]:
             own_enc, own_dec = g_enc[place[j]], g_dec[place[j]]
         _gradients(code, batch, W_enc[j], W_dec[j], threshold[j], price, b_dec, numbers, centred, j, own_enc, own_dec,
-                   sums[j], d_b_dec)  # fmt: skip
+                   sums[j], d_b_dec[j // UNIT], scratch)  # fmt: skip
 
 
 @compiled()
@@ -200,15 +201,20 @@ def apply_rows(features, g_enc, g_dec, encoder, decoder, decay, step, lo, hi):
 
 
 @compiled()
+def _scratch(W_dec):
+    """Memory for eight entries at a time: new arrays for each feature would take as long as a few entries."""
+    return np.empty(8, np.int32), np.empty(8, W_dec.dtype), np.empty(8, W_dec.dtype), np.empty(8, W_dec.dtype)
+
+
+@compiled()
 def _gradients(
-    code, batch, w_enc, w_dec, theta, price, b_dec, numbers, centred, j, g_enc, g_dec, sums, d_b_dec
+    code, batch, w_enc, w_dec, theta, price, b_dec, numbers, centred, j, g_enc, g_dec, sums, d_b_dec, scratch
 ):  # fmt: skip
     """g_dec = scale·Σ z·residual_r, g_enc = Σ d_f·(x_b - b_dec) over feature j's active entries; sums as in `visit`."""
     values, rows, feature_ptr = code
     x, residual = batch
     half, scale, bonus = numbers
-    eight, d_f = np.empty(8, np.int32), np.empty(8, w_dec.dtype)
-    z_on, d_f_on = np.empty_like(d_f), np.empty_like(d_f)
+    eight, d_f, z_on, d_f_on = scratch
     g_enc[:] = 0
     g_dec[:] = 0
     end = feature_ptr[j + 1]

@@ -146,12 +146,12 @@ class Search:
         ends, z = np.concatenate(([0], counts.cumsum())), np.zeros_like(guesses)
         for first, tile in self.batch.tiles():
             some = functools.partial(screen_kernels.add_products, tile, W, first, rows, ends, z)
-            kernels.in_ranges(some, len(W), None)
+            kernels.in_ranges(some, len(W))
         features = tuple(np.concatenate(several) for several in zip(*(part.deciding for part in parts), strict=True))
         _, kept, lost = self.batch.seen[self.dtype][1].numpy()
         half, u = (np.float32(n) for n in (self.query.bandwidth / 2, U_BF16 if self.dtype == torch.bfloat16 else 0))
         asked = ((rows, guesses, z, ends), features, (kept, lost), half, u)
-        decided = kernels.in_ranges(lambda lo, hi: screen_kernels.decide(*asked, lo, hi), len(W), None)
+        decided = kernels.in_ranges(lambda lo, hi: screen_kernels.decide(*asked, lo, hi), len(W))
         self.found += [d[:3] for d in decided]
         if any(d[3] for d in decided):
             self.distrusted = self.dtype
