@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistudio import cli
-from mistudio.errors import TrainError
+from mistudio.errors import StoreError, TrainError
 from mistudio.sae import JumpReLUSAE, SAEConfig, TranscoderConfig
 from mistudio.train import BySite, Interrupted, TrainConfig, initial_sae, screen, train
 from test_store import A, make
@@ -150,6 +150,13 @@ def test_a_signal_saves_every_run(tmp_path, solo):
     with pytest.raises(Interrupted, match="after step 7 of 20; a checkpoint is in the 3 runs' folders"):
         together(tmp_path, source=feed(signal_at=6))
     assert len(list(tmp_path.glob("*/checkpoints/step-000000007.safetensors"))) == 3
+    together(tmp_path, resume=True)
+    assert files(tmp_path) == solo
+
+
+def test_batches_that_cannot_go_on_leave_a_checkpoint_of_every_run(tmp_path, solo):
+    with pytest.raises(TrainError, match=r"gone\. The run stopped after step 3 .* in the 3 runs' folders\. .*--resume"):
+        together(tmp_path, source=feed(fail_at=3, error=StoreError("gone.")))
     together(tmp_path, resume=True)
     assert files(tmp_path) == solo
 

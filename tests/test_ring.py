@@ -84,6 +84,25 @@ def test_a_restored_feed_goes_on_exactly_with_any_batch_size(buffer_rows, batch_
     assert torch.equal(taken(other, 3), expected)
 
 
+def test_a_batch_that_fails_leaves_the_place_before_it():
+    """The batch would have run over the end of a block, of which the rows were taken already."""
+
+    def ends(start):
+        return iter([piece for piece, _ in zip(numbered(start), range(19), strict=False)])
+
+    expected, failing = ring(), ring(source=ends)
+    before = 0
+    with pytest.raises(StoreError, match="must be endless"):
+        while True:
+            before = failing.taken
+            next(failing)
+    assert failing.taken == before == 6 * (before // 6)
+    again = ring()
+    again.restore(failing.state())
+    taken(expected, before // 6)
+    assert torch.equal(next(again), next(expected))
+
+
 def test_a_restore_reads_at_most_two_blocks_and_not_the_first():
     starts, rows = [], 0
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mistudio.errors import TrainError
+from mistudio.errors import StoreError, TrainError
 from mistudio.sae import JumpReLUSAE, SAEConfig
 from mistudio.train import Interrupted, Resumable, TrainConfig, initial_sae, train
 from mistudio.train.loss import CPU_CHUNK_ROWS, loss, loss_and_gradients
@@ -260,6 +260,24 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, uninterrupt
     assert (folder / "checkpoints" / "step-000000007.safetensors").is_file()
     run(folder=folder, resume=True)
     assert files(folder) == uninterrupted
+
+
+def test_batches_that_cannot_go_on_leave_a_checkpoint_and_say_what_to_type(tmp_path, uninterrupted):
+    folder, damaged = tmp_path / "run", StoreError("store/00002.safetensors: checksum of its rows is wrong.")
+    with pytest.raises(TrainError, match=r"is wrong\. The run stopped after step 3 of 20; .*same command and --resume"):
+        run(source=Source(rows, fail_at=3, error=damaged), folder=folder)  # the first regular checkpoint is at step 4
+    assert (folder / "checkpoints" / "step-000000003.safetensors").is_file()
+    run(folder=folder, resume=True)
+    assert files(folder) == uninterrupted
+
+
+def test_batches_that_cannot_begin_or_that_nobody_records_keep_their_error(tmp_path):
+    damaged = StoreError("a shard is missing.")
+    with pytest.raises(StoreError, match="^a shard is missing.$"):
+        run(source=Source(rows, fail_at=0, error=damaged), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(StoreError, match="^a shard is missing.$"):
+        run(source=Source(rows, fail_at=3, error=damaged))
 
 
 def test_resume_before_the_first_checkpoint_starts_again(tmp_path, uninterrupted):

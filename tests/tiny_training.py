@@ -50,12 +50,13 @@ def endless(batch):
 class Source:
     """batch(1), batch(2), …; it can say and restore its place, as a store's feed does.
 
-    fail_at, signal_at: after that many batches the process "dies", or is sent the signal `number`. `who` is a part of
-    the place that stays. `read` counts the batches that this object gave.
+    fail_at, signal_at: after that many batches the process "dies" (or `error` is raised), or is sent the signal
+    `number`. `who` is a part of the place that stays. `read` counts the batches that this object gave.
     """
 
-    def __init__(self, batch, *, fail_at=None, signal_at=None, number=signal.SIGTERM, who=None):
+    def __init__(self, batch, *, fail_at=None, error=None, signal_at=None, number=signal.SIGTERM, who=None):
         self.batch, self.fail_at, self.signal_at, self.number = batch, fail_at, signal_at, number
+        self.error = error or RuntimeError("the machine went away")
         self.who, self.place, self.read = who or {}, 0, 0
 
     def state(self):
@@ -70,7 +71,7 @@ class Source:
 
     def __next__(self):
         if self.place == self.fail_at:
-            raise RuntimeError("the machine went away")
+            raise self.error
         if self.place == self.signal_at:
             os.kill(os.getpid(), self.number)
         self.place, self.read = self.place + 1, self.read + 1

@@ -80,10 +80,14 @@ class RingFeed:
         scale = np.float32(self.scale)
         if self._incoming is None:
             self._fill()
-        batch = np.empty((self.batch_rows, self.width), dtype=np.float32)
+        batch, place = np.empty((self.batch_rows, self.width), dtype=np.float32), self.taken
         filled = 0
-        while filled < self.batch_rows:
-            filled += self._exchange(batch[filled:])
+        try:
+            while filled < self.batch_rows:
+                filled += self._exchange(batch[filled:])
+        except BaseException:  # raised again: the rows of a batch that was not given are still to come
+            self.taken, self._incoming = place, None
+            raise
         np.divide(batch, scale, out=batch)
         return torch.from_numpy(batch)
 

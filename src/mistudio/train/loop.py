@@ -19,7 +19,7 @@ from typing import overload
 
 from torch import Tensor
 
-from mistudio.errors import TrainError
+from mistudio.errors import MistudioError, TrainError
 from mistudio.mesh import SOLO, Mesh
 from mistudio.progress import Bar, progress_bar
 from mistudio.sae import SAE
@@ -90,7 +90,8 @@ def train(
     `Run.failure`, and the others go on.
 
     TrainError: there is too little memory, the rows are not normalised, a batch has another shape or non-finite values,
-    the batches end early, the folder is in use or belongs to another configuration. Interrupted: Ctrl-C or SIGTERM,
+    the batches end early or cannot go on (a damaged store; after a checkpoint), the folder is in use or belongs to
+    another configuration. Interrupted: Ctrl-C or SIGTERM,
     after a checkpoint (only with a folder and in the main thread; elsewhere a signal does what it always did).
     """
     saes = [sae] if isinstance(sae, SAE) else list(sae)
@@ -160,7 +161,10 @@ def _run_steps(members: list[Member], batches: Iterable[Batch], mesh: Mesh) -> N
     ):
         while step is not None and any(member.unfinished for member in members):
             here = [member for member in members if member.unfinished and member.step == step]
-            batch = next(source, None)
+            try:
+                batch = next(source, None)
+            except MistudioError as error:
+                raise _source_failed(error, members, batches, step, mesh) from error
             if batch is None:
                 for member in here:
                     _save(member, batches, alone=len(members) == 1)
@@ -235,12 +239,35 @@ def _ended_early(steps: int, step: int) -> TrainError:
     )
 
 
+def _source_failed(
+    error: MistudioError, members: list[Member], batches: object, step: int, mesh: Mesh
+) -> MistudioError:
+    """What is raised where the batches cannot go on, such as from a damaged store: what to do about it, too. A
+    checkpoint keeps the steps that were done, unless processes would have to agree on it."""
+    if members[0].folder is None:
+        return error
+    alone = mesh.size == 1
+    if alone:
+        for member in members:
+            if member.unfinished and member.step == step:
+                _save(member, batches, alone=len(members) == 1)
+    kept = f"a checkpoint is in {_folders_of(members)}" if alone else "its last checkpoint is kept"
+    steps = max(member.cfg.steps for member in members)
+    return TrainError(
+        f"{error} The run stopped after step {step:,} of {steps:,}; {kept}. Put that right, then go on with the same "
+        "command and --resume (resume=True)."
+    )
+
+
+def _folders_of(members: list[Member]) -> str:
+    return f"{members[0].folder}" if len(members) == 1 else f"the {len(members)} runs' folders"
+
+
 def _interrupted(members: list[Member], step: int, signal_name: str | None) -> Interrupted:
     steps = max(member.cfg.steps for member in members)
-    where = f"{members[0].folder}" if len(members) == 1 else f"the {len(members)} runs' folders"
     return Interrupted(
         f"Stopped by {signal_name or 'a signal to another process'} after step {step:,} of {steps:,}; a checkpoint is "
-        f"in {where}. Continue with --resume (resume=True)."
+        f"in {_folders_of(members)}. Continue with --resume (resume=True)."
     )
 
 
