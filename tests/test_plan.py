@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from mistudio.plan import (
     measured_machine,
     model_size,
     training_flops,
-    training_memory,
 )
+from mistudio.recipes import gemma_scope, quick
+from mistudio.sae import SAEConfig
+from mistudio.train.memory import training_bytes
 
 PIB = 2**50
 A100 = Machine(name="a100", peak_flops=312e12, disk_bytes_s=2**30)
@@ -59,7 +62,7 @@ def test_a_step_of_a_131k_sae_in_45_ms_is_52_percent_of_eight_tpu_v3():
     step = training_flops(3584, 2**17, 4096)
     assert step / 0.045 / (8 * 123e12) == pytest.approx(0.521, abs=0.002)
     machine = Machine(name="tpu-v3", peak_flops=123e12, disk_bytes_s=1e12, devices=8, mfu=0.521)
-    sae = SAEJob(site="layers.20.resid_post", width=2**17, rows=4096)
+    sae = SAEJob(site="layers.20.resid_post", width=2**17, rows=4096, cfg=gemma_scope())
     plan = make_plan(KNOWN["gemma-2-9b"], ["layers.20.resid_post"], 4096, [sae], machine)
     assert plan.lines[1].hours * 3600 == pytest.approx(0.045, rel=0.01)
     assert plan.lines[1].bytes / 0.045 / 2**30 == pytest.approx(1.22, abs=0.01)
@@ -76,7 +79,7 @@ def test_a_step_of_a_131k_sae_in_45_ms_is_52_percent_of_eight_tpu_v3():
     ],
 )
 def test_one_sae_takes_what_the_formula_gives(model, width, tokens, flops, days):
-    sae = SAEJob(site="layers.12.resid_post", width=width, rows=int(tokens))
+    sae = SAEJob(site="layers.12.resid_post", width=width, rows=int(tokens), cfg=gemma_scope())
     fast = Machine(name="a100", peak_flops=312e12, disk_bytes_s=1e15)
     line = make_plan(KNOWN[model], ["layers.12.resid_post"], int(tokens), [sae], fast).lines[1]
     assert line.flops == pytest.approx(flops, rel=0.005)
@@ -127,8 +130,21 @@ def test_a_smaller_number_type_takes_less_room():
     assert sizes == {"float32": 9_228_000, "bfloat16": 4_620_000, "int8": 2_320_000}
 
 
-def test_training_memory_counts_parameters_and_activations():
-    assert training_memory(2304, 2**14, 4096) == 16 * (2 * 2304 * 2**14 + 2 * 2**14 + 2304) + 16 * 4096 * 2**14
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("cfg", [gemma_scope(), quick()])
+def test_the_memory_of_training_is_what_a_run_is_refused_by(cfg, device):
+    machine = replace(A100, device=device)
+    sae = SAEJob(site="layers.0.resid_post", width=2**14, rows=4096, cfg=cfg)
+    line = make_plan(KNOWN["gemma-2-2b"], ["layers.0.resid_post"], 4096, [sae], machine).lines[1]
+    counted = training_bytes(SAEConfig(d_model=2304, d_sae=2**14), cfg, torch.device(device))
+    assert line.memory_bytes == sum(counted.values())
+
+
+def test_a_recipe_without_a_first_moment_takes_four_bytes_a_parameter_less():
+    without = SAEJob(site="layers.0.resid_post", width=2**14, rows=4096, cfg=gemma_scope())
+    job = replace(without, cfg=replace(without.cfg, beta1=0.9))
+    lines = make_plan(KNOWN["gemma-2-2b"], ["layers.0.resid_post"], 4096, [without, job], A100).lines
+    assert lines[3].memory_bytes - lines[1].memory_bytes == 4 * (2 * 2304 * 2**14 + 2 * 2**14 + 2304)
 
 
 def test_this_machine_can_be_measured(tmp_path):
@@ -140,11 +156,11 @@ def test_this_machine_can_be_measured(tmp_path):
 
 
 def test_what_cannot_be_planned_is_refused():
-    size = KNOWN["gemma-2-2b"]
+    size, elsewhere = KNOWN["gemma-2-2b"], SAEJob(site="layers.2.mlp_out", width=9, rows=9, cfg=gemma_scope())
     with pytest.raises(ConfigError, match="layers are 0 to 25"):
         make_plan(size, ["layers.26.resid_post"], 10, [], A100)
     with pytest.raises(ConfigError, match=r"only layers\.1\.mlp_out is collected"):
-        make_plan(size, ["layers.1.mlp_out"], 10, [SAEJob(site="layers.2.mlp_out", width=9, rows=9)], A100)
+        make_plan(size, ["layers.1.mlp_out"], 10, [elsewhere], A100)
 
 
 def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
@@ -163,6 +179,7 @@ def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
     by_recipe = json.loads(out)
     assert by_recipe["store_bytes"] == by_flags["store_bytes"]
     assert by_recipe["flops"] == pytest.approx(by_flags["flops"], rel=1e-5)
+    assert by_recipe["lines"][1]["memory_bytes"] == by_flags["lines"][1]["memory_bytes"]
     code, out, _ = run(capsys, "plan", *flags, "--rate", 2)
     assert (code, "costing" in out, "Assumed:" in out) == (0, True, True)
 

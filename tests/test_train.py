@@ -273,10 +273,10 @@ def test_batches_that_cannot_go_on_leave_a_checkpoint_and_say_what_to_type(tmp_p
 
 def test_batches_that_cannot_begin_or_that_nobody_records_keep_their_error(tmp_path):
     damaged = StoreError("a shard is missing.")
-    with pytest.raises(StoreError, match="^a shard is missing.$"):
+    with pytest.raises(StoreError, match=r"^a shard is missing\.$"):
         run(source=Source(rows, fail_at=0, error=damaged), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(StoreError, match="^a shard is missing.$"):
+    with pytest.raises(StoreError, match=r"^a shard is missing\.$"):
         run(source=Source(rows, fail_at=3, error=damaged))
 
 

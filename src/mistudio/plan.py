@@ -4,8 +4,7 @@ Collection   rows = tokens (without BOS, EOS, PAD); bytes = rows * sum over site
              FLOPs = 2 * parameters of the layers up to the last site * tokens (attention scores, small at contexts of
              thousands, and the embedding's look-up are left out)
 Training     FLOPs = 12 * D * F * rows: two products forward, four backward, 2 each; a sparse engine does less
-             memory = 16 bytes a parameter (weight, gradient, Adam's moments; 12 without the first) and four [B, F]
-             float32 arrays
+             memory = what `train.memory` counts before such a run begins, by its recipe and engine
 Evaluation   tokens * (4 forward passes of 2 * all parameters: clean, spliced, zero, mean; and 4 * D * F for the SAE)
 Hours        the larger of FLOPs / (devices * peak * MFU) and bytes / rate of the disk
 
@@ -24,7 +23,10 @@ import torch
 
 from mistudio.errors import ConfigError
 from mistudio.lm import Site, load_shape
+from mistudio.sae import SAEConfig
 from mistudio.store.dtypes import site_row_bytes
+from mistudio.train import TrainConfig
+from mistudio.train.memory import training_bytes
 
 GPT3_FLOPS: Final = 3.14e23
 """Training compute of GPT-3, which the Gemma Scope report compares itself with."""
@@ -97,6 +99,8 @@ class Machine:
     """How many."""
     mfu: float = 0.5
     """Share of the peak that is reached."""
+    device: str = "cuda"
+    """cpu or cuda (accelerators count as such): training keeps more in memory on some than on others."""
 
     @property
     def flops_s(self) -> float:
@@ -124,8 +128,8 @@ class SAEJob:
     """F."""
     rows: int
     """Activation rows it is trained on, repeats included."""
-    batch_rows: int = 4096
-    """B."""
+    cfg: TrainConfig
+    """How it is trained, from which the memory follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +204,6 @@ def training_flops(d: int, width: int, rows: int) -> int:
     return 12 * d * width * rows
 
 
-def training_memory(d: int, width: int, batch_rows: int) -> int:
-    """Bytes of one SAE in training: 16 a parameter and four float32 arrays [B, F]."""
-    return 16 * (2 * d * width + 2 * width + d) + 4 * 4 * batch_rows * width
-
-
 def make_plan(
     model: ModelSize,
     sites: Sequence[str],
@@ -256,13 +255,14 @@ def _collection(model: ModelSize, sites: list[Site], tokens: int, row_dtype: str
 def _training(sae: SAEJob, d: int, row_dtype: str, machine: Machine) -> Line:
     read = sae.rows * site_row_bytes(d, row_dtype)
     flops = training_flops(d, sae.width, sae.rows)
+    config = SAEConfig(d_model=d, d_sae=sae.width)
     return Line(
         what=f"train {sae.site} × {sae.width:,}",
         rows=sae.rows,
         bytes=read,
         flops=flops,
         hours=max(flops / machine.flops_s, read / machine.disk_bytes_s) / 3600,
-        memory_bytes=training_memory(d, sae.width, sae.batch_rows),
+        memory_bytes=sum(training_bytes(config, sae.cfg, torch.device(machine.device)).values()),
     )
 
 
@@ -286,7 +286,8 @@ def _assumptions(
         f"{machine.devices} × {machine.name}: at most {machine.peak_flops:.3g} FLOP/s, {machine.mfu:.0%} of it reached",
         f"rows move at {machine.disk_bytes_s / 2**30:.3g} GiB/s",
         f"rows are {row_dtype}, 12 bytes a row say where it comes from; one pass through the model for all sites",
-        "training is dense, 12 · D · F FLOPs a row, 16 bytes a parameter; stages run one after the other",
+        "training takes the hours of dense steps, 12 · D · F FLOPs a row, and the memory that train counts beforehand",
+        "stages run one after the other",
         f"each evaluation reads {evaluation_tokens:,} tokens {PASSES} times",
     ]
     if rate is not None:
@@ -310,7 +311,11 @@ def measured_machine(folder: Path, *, devices: int = 1, mfu: float = 0.5) -> Mac
         file.flush()
         os.fsync(file.fileno())
         written_s = time.perf_counter() - start
-    name = f"{device}, measured"
     return Machine(
-        name=name, peak_flops=2 * size**3 / min(times), disk_bytes_s=2**26 / written_s, devices=devices, mfu=mfu
+        name=f"{device}, measured",
+        peak_flops=2 * size**3 / min(times),
+        disk_bytes_s=2**26 / written_s,
+        devices=devices,
+        mfu=mfu,
+        device=device,
     )

@@ -1,5 +1,6 @@
 """`mistudio plan`: rows, bytes, FLOPs, hours and memory of a run, before it is begun."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,7 @@ import tyro
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from mistudio import recipes
 from mistudio.errors import ConfigError
 from mistudio.plan import PEAK_FLOPS, Machine, Plan, SAEJob, make_plan, measured_machine, model_size
 from mistudio.store.dtypes import RowDtype
@@ -32,7 +34,7 @@ class Config:
     sparsities: int = 1
     """SAEs of each width and site, at different sparsities."""
     batch_rows: int = 4096
-    """Rows in a training batch."""
+    """Rows in a training batch, of the recipe gemma_scope."""
     evaluation_tokens: int = 2048 * 1024
     """Tokens of each evaluation."""
     row_dtype: RowDtype = "float32"
@@ -78,8 +80,9 @@ def run(config: Config) -> Plan:
         return _of_recipe(config, config.recipe, machine)
     assert config.model is not None
     assert config.tokens is not None
+    cfg = dataclasses.replace(recipes.gemma_scope(), batch_rows=config.batch_rows)
     saes = [
-        SAEJob(site=site, width=width, rows=config.tokens, batch_rows=config.batch_rows)
+        SAEJob(site=site, width=width, rows=config.tokens, cfg=cfg)
         for site in config.sites
         for width in config.widths
         for _ in range(config.sparsities)
@@ -102,7 +105,7 @@ def _of_recipe(config: Config, path: Path, machine: Machine) -> Plan:
     for stage in recipe.saes:
         cfg = train_config(stage.recipe, stage.options)
         rows = cfg.steps * cfg.batch_rows
-        saes.append(SAEJob(site=stage.site, width=stage.width, rows=rows, batch_rows=cfg.batch_rows))
+        saes.append(SAEJob(site=stage.site, width=stage.width, rows=rows, cfg=cfg))
     return make_plan(
         model_size(recipe.model),
         recipe.collect.sites,
