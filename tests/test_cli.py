@@ -125,6 +125,17 @@ def test_a_run_that_was_asked_to_stop_ends_with_exit_code_130(capsys, monkeypatc
     assert run(capsys, "train") == (130, "", "mistudio: Stopped by SIGINT after step 7 of 20.\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"), [((), "interrupted."), (("7 of 20 rows are safe.",), "7 of 20 rows are safe.")]
+)
+def test_ctrl_c_ends_with_exit_code_130_and_what_there_is_to_say(capsys, monkeypatch, words, says):
+    def stop(_):
+        raise KeyboardInterrupt(*words)
+
+    monkeypatch.setattr(cli, "load_verb", stop)
+    assert run(capsys, "collect") == (130, "", f"mistudio: {says}\n")
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
 def test_a_disk_that_refuses_is_one_sentence(capsys, monkeypatch, number):
     def refuse(_):

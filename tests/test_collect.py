@@ -134,6 +134,26 @@ def test_an_interrupted_collection_equals_one_never_interrupted(cfg, lm, tmp_pat
     assert digest(cfg.out) == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("every_s", "kept"), [(0.0, r"[1-9]\d*"), (1e9, "0")])
+def test_a_collection_that_is_interrupted_says_how_far_it_came_and_what_to_type(cfg, lm, monkeypatch, every_s, kept):
+    monkeypatch.setattr(mistudio.collect, "CHECKPOINT_EVERY_S", every_s)
+    calls, write = iter(range(3)), StoreWriter.write
+
+    def interrupted(writer, *rows):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        write(writer, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", interrupted)
+        says = (
+            rf"^interrupted; {kept} of {cfg.tokens} rows are safe in .*\. Go on with the same command and --resume\.$"
+        )
+        with pytest.raises(KeyboardInterrupt, match=says):
+            collect(cfg, lm)
+    assert collect(replace(cfg, resume=True), lm).rows == cfg.tokens
+
+
 def killed_collection(cfg: CollectConfig, lm: LanguageModel, after_s: float) -> bool:
     """Whether a process that goes on with the collection is killed, by the system, after so many seconds."""
     child = os.fork()

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("mistudio: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # Ctrl-C has no words; what was being written may say how far it came
+        print(f"mistudio: {str(stop) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
 
 

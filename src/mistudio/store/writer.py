@@ -53,6 +53,7 @@ class StoreWriter:
         self.cursor = cursor
         """Packed rows of tokens done at the last checkpoint, as the caller counts them."""
         self.sizes = np.array(sizes, dtype=np.int64)  # [K] rows of each bucket
+        self._kept = self.rows  # at the last checkpoint
         self._sums = {site: torch.zeros(2, width, dtype=torch.float64) for site, width in plan.widths.items()}
         self._hashes = {name: [new_hash() for _ in sizes] for name in self._shards(0)}
         self._touched: set[int] = set()  # buckets written to since the last checkpoint
@@ -223,6 +224,7 @@ class StoreWriter:
             outliers=self.outliers,
         )
         write_progress(self.path, progress)
+        self._kept = self.rows
         self._delete_leftovers(keep=statistics)
 
     def finish(self, token_rows: int | None = None, ended_by: str | None = None) -> Store:
@@ -256,8 +258,13 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is KeyboardInterrupt and not self.complete:
+            raise KeyboardInterrupt(
+                f"interrupted; {self._kept:,} of {self.plan.expected_rows:,} rows are safe in {self.path}. Go on with "
+                "the same command and --resume."
+            )
 
     def _shards(self, bucket: int) -> dict[str, Shard]:
         """Name -> shard of one bucket (`bucket_shards`)."""
