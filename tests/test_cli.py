@@ -9,6 +9,8 @@ import pytest
 
 from command_line import run
 from mistudio import cli
+from mistudio.hub.formats import native
+from mistudio.sae import Transcoder, TranscoderConfig, initial_transcoder_weights
 from mistudio.studio import VERBS, load_verb
 from mistudio.train import Interrupted
 
@@ -44,7 +46,10 @@ def test_every_verb_explains_every_flag(capsys, verb):
         (["run", "nothing.yaml", "--workspace", "w"], "There is no recipe nothing.yaml"),
         (["eval", "--sae", "nowhere"], "There is no SAE at nowhere"),
         (["train", "--store", "nowhere", "--site", "layers.0.resid_post", "--width", "8", "--out", "o"], "nowhere"),
-        (["steer", "Once", "--sae", "s", "--feature", "1", "2", "--strength", "3"], "2 features and 1 strengths"),
+        (
+            ["steer", "Once", "--sae", "s", "--feature", "1", "2", "--strength", "3"],
+            "need 2 strengths, and 1 is given",
+        ),
         (["collect", "--sites", "layers.0.nose", "--tokens", "9", "--out", "o"], "nose"),
         (["collect", "--config", "none.yaml"], "There is no file none.yaml"),
         (["feed", "serve", "nowhere"], "There is no activation store at nowhere"),
@@ -69,6 +74,20 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypat
     assert says in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "verb", [("eval",), ("concepts",), ("steer", "Once", "--feature", "1", "--strength", "2"), ("steer-find",)]
+)
+def test_what_needs_an_sae_refuses_a_transcoder_and_says_what_it_has_instead(capsys, tmp_path, verb):
+    places = {"hook_name": "layers.1.resid_post", "hook_name_out": "layers.2.mlp_out", "model": "demo"}
+    config = TranscoderConfig(d_model=4, d_out=4, d_sae=8, **places)
+    native.save(Transcoder(config, initial_transcoder_weights(config, seed=0, threshold=0.1)), tmp_path)
+    code, out, err = run(capsys, *verb, "--sae", tmp_path)
+    assert (code, out) == (2, "")
+    assert "reads layers.1.resid_post and writes layers.2.mlp_out" in err
+    assert f"`mistudio sae show {tmp_path}`" in err
+    assert run(capsys, "sae", "show", tmp_path)[0] == 0
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):

@@ -30,6 +30,7 @@ from mistudio.steer.report import (
     Strengths,
     effects,
     first_target,
+    refuse_overflow,
     strengths,
     summaries,
     sweep_response,
@@ -114,7 +115,8 @@ class Outcome:
 def run_experiment(
     lab: Lab, experiment: Experiment, *, tell: Callable[[str, int, int, str], None] | None = None
 ) -> Outcome:
-    """All arms written in one batch, read again and compared; `tell` and errors as in `write_arms`."""
+    """All arms written in one batch, read again and compared; `tell` and errors as in `write_arms`. ConfigError, too: a
+    push is so large that measures overflow."""
     for push in experiment.pushes:
         lab.check(push)
     arms, left_out = _arms(lab, experiment)
@@ -131,6 +133,7 @@ def run_experiment(
     )
     site, target = first_target(lab, experiment.pushes)
     read = read_again(lab, experiment.prompts, rows, site=site, target=target, words=experiment.words)
+    refuse_overflow(rows, read)
     followed = [row for row in rows if row.arm in (UNSTEERED, STEERED)]
     response = "words" if experiment.words else "kl" if target is None else "target"
     dose = None

@@ -1,5 +1,6 @@
 """From rows and their measures to one line an arm: means over seeds with intervals, effects, and the sweep."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,6 +101,18 @@ def difference(target: Mapping[int, float], controls: Sequence[Mapping[int, floa
     if not shared or not controls:
         return None
     return bootstrap([target[s] - sum(c[s] for c in controls) / len(controls) for s in shared])
+
+
+def refuse_overflow(rows: Sequence[Written], read: Sequence[Read]) -> None:
+    """Nothing; ConfigError: a measure of some row is not finite, as pushes near the end of a number type make them."""
+    for row, r in zip(rows, read, strict=True):
+        for name, value in MEASURES.items():
+            number = value(r.measures)
+            if number is not None and not math.isfinite(number):
+                raise ConfigError(
+                    f"The push of arm {row.arm!r} is so large that numbers overflow ({name} is {number}). Lower its "
+                    "strength."
+                )
 
 
 def summaries(rows: Sequence[Written], read: Sequence[Read]) -> list[ArmSummary]:

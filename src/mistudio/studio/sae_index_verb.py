@@ -11,6 +11,7 @@ from mistudio.errors import ConfigError
 from mistudio.files import write_bytes
 from mistudio.hub import index
 from mistudio.hub.refresh import refresh
+from mistudio.studio.workspace import refuse_unwritable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def run(config: Config) -> Result:
     if not config.refresh:
         known = index.entries()
         return Result(entries=len(known), by_repository=_counts(known), added=None, removed=None, wrong_size=None)
+    refuse_unwritable(config.out)
     fresh = refresh()
     if config.out is not None:
         write_bytes(config.out, index.encode(fresh.entries))

@@ -17,6 +17,7 @@ from mistudio.steer import (
     write_vectors,
 )
 from mistudio.studio.steer_lab import load_lab
+from mistudio.studio.workspace import refuse_unwritable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class Result:
 
 def run(config: Config) -> Result:
     """Makes the vector and writes it."""
+    refuse_unwritable(config.out, config.effects)
     lab, site = load_lab(config.sae, config.model)
     r2 = None
     if config.target is not None:

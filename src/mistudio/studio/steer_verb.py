@@ -40,9 +40,20 @@ from mistudio.steer import (
 )
 from mistudio.studio.steer_lab import load_lab
 from mistudio.studio.steer_live import live_texts
+from mistudio.studio.workspace import refuse_unwritable
 
 SHOWN_PAIRS = 4
 """Pairs of texts shown; all are in the JSON."""
+PICTURES = (".png", ".html")
+"""Endings of pictures."""
+STRENGTHS = {
+    "residual": ("30", "raw activation units; with --unit max, multiples of the feature's largest activation"),
+    "activation": ("30", "the feature's activation; with --unit max, multiples of its largest one"),
+    "share": ("0.5", "shares of the residual's norm"),
+    "factor": ("2", "a factor; 1 changes nothing"),
+    "max": ("0.5", "multiples of the feature's largest activation"),
+}
+"""Of each unit, a strength to type and what it counts in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,28 +118,42 @@ class Config:
     """Show the texts of the first seed while they are written."""
 
     def __post_init__(self) -> None:
-        given, wanted = len(self.strength), len(self.feature) + len(self.vector)
-        if self.method not in METHODS:
-            raise ConfigError(f"There is no method {self.method!r}; the methods are {', '.join(METHODS)}.")
-        if not wanted:
-            raise ConfigError("Nothing to steer by: give --feature 12 --strength 30, or --vector FILE --strength 2.")
-        if METHODS[self.method].unit is not None and given != wanted:
-            what = f"{wanted} features and vectors" if self.vector else f"{wanted} features"
-            raise ConfigError(
-                f"There are {what} and {given} strengths; give each its own: --feature 12 40 --strength 30 15."
-            )
-        if METHODS[self.method].unit is None and given:
-            raise ConfigError(f"{self.method} takes no strength; leave --strength out.")
+        self._check_strengths()
+        if self.words is not None and not _words(self.words):
+            raise ConfigError(f"--words {self.words!r} names no word; write sea,boat,waves.")
         if self.plot is not None and self.sweep is None:
             raise ConfigError("--plot draws a sweep; give one: --sweep 0,10,20,40,80.")
         if self.track_plot is not None and not self.track and self.track_top is None:
             raise ConfigError("--track-plot draws followed features; say which: --track 123, or --track-top 3.")
+        for name, path in (("plot", self.plot), ("track-plot", self.track_plot)):
+            if path is not None and path.suffix not in PICTURES:
+                raise ConfigError(f"--{name} {path} has none of the endings {', '.join(PICTURES)}.")
         if self.export is not None and self.export.suffix not in (*SUFFIXES, ".py"):
             raise ConfigError(f"--export {self.export} has none of the endings {', '.join((*SUFFIXES, '.py'))}.")
         if self.chat and self.ask is not None:
             raise ConfigError("--ask is put before a prompt; a chat's message is its prompt already.")
         if self.seeds < 1:
             raise ConfigError(f"--seeds {self.seeds}; at least 1 is needed.")
+
+    def _check_strengths(self) -> None:
+        """ConfigError: there is nothing to steer by, or not one strength each, where the method takes any."""
+        given, wanted = len(self.strength), len(self.feature) + len(self.vector)
+        if self.method not in METHODS:
+            raise ConfigError(f"There is no method {self.method!r}; the methods are {', '.join(METHODS)}.")
+        if not wanted:
+            raise ConfigError("Nothing to steer by: give --feature 12 --strength 30, or --vector FILE --strength 2.")
+        unit = METHODS[self.method].unit
+        if unit is None and given:
+            raise ConfigError(f"{self.method} takes no strength; leave --strength out.")
+        if unit is None or given == wanted:
+            return
+        what = "feature" if not self.vector else "direction" if self.feature else "vector"
+        needs = f"1 {what} needs 1 strength" if wanted == 1 else f"{wanted} {what}s need {wanted} strengths"
+        number, counted_in = STRENGTHS["max" if self.unit == "max" else unit]
+        raise ConfigError(
+            f"{needs}, and {given or 'none'} {'is' if given < 2 else 'are'} given. Add --strength "
+            f"{' '.join([number] * wanted)} ({counted_in})."
+        )
 
 
 def experiment_of(config: Config, prompt: str) -> Experiment:
@@ -157,7 +182,7 @@ def experiment_of(config: Config, prompt: str) -> Experiment:
         controls=config.compare,
         ask=config.ask,
         sweep=_numbers(config.sweep),
-        words=tuple(word.strip() for word in config.words.split(",") if word.strip()) if config.words else (),
+        words=_words(config.words),
         ce_bound=config.ce_bound,
         track=config.track,
         track_top=config.track_top,
@@ -166,6 +191,7 @@ def experiment_of(config: Config, prompt: str) -> Experiment:
 
 def run(config: Config) -> Outcome:
     """All arms of text; writes the record and the plot if asked for."""
+    refuse_unwritable(config.save, config.plot, config.track_plot, config.export)
     vectors = {str(path): path for path in config.vector}
     lab, site = load_lab(config.sae, config.model, vectors)
     message = NPMessage(role="user", content=config.prompt)
@@ -354,6 +380,10 @@ def _when(text: str | None) -> When | None:
         return When(feature=int(index), above=float(above) if above else 0.0)
     except ValueError as error:
         raise ConfigError(f"--when {text!r} is no condition; write 123, or 123>0.5.") from error
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ WORKSPACE/saes/layers.3.resid_post/
 WORKSPACE/steering.json  WORKSPACE/summary.json
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,11 +38,28 @@ def refuse_occupied(folder: Path, remedy: str) -> None:
         raise ConfigError(f"{folder} is not empty. {remedy}")
 
 
+def refuse_unwritable(*files: Path | None) -> None:
+    """ConfigError, before the work whose results they are to hold: a file (None: not asked for) cannot be written."""
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder; name a file in it.")
+        if not file.parent.is_dir():
+            raise ConfigError(f"There is no folder {file.parent} for {file.name}; make it, or name another file.")
+        if not os.access(file.parent, os.W_OK):
+            raise ConfigError(f"The folder {file.parent} may not be written to; name a file in another one.")
+
+
 def load_sae(folder: Path, model: str | None, device: str | None = None) -> tuple[LanguageModel, SAE, Site]:
     """The SAE in `folder`, its site, and its language model (or the one named). SAEError: it does not say which."""
     sae = load_any(folder)
     if isinstance(sae, Transcoder):
-        raise SAEError(f"{folder} holds a transcoder, which reads one place and writes another; give an SAE.")
+        raise SAEError(
+            f"{folder} holds a transcoder, which reads {sae.config.hook_name or 'one site'} and writes "
+            f"{sae.config.hook_name_out or 'another'}; evaluation, concepts and steering need an SAE of one site. For "
+            f"a transcoder there are `mistudio sae show {folder}` and, in Python, `mistudio.hub.load.load_sae({str(folder)!r})(x)`."
+        )
     if sae.config.hook_name is None:
         raise SAEError(f"{folder} does not say which site the SAE was trained on (hook_name).")
     name = model or sae.config.model
