@@ -65,6 +65,14 @@ def test_every_verb_explains_every_flag(capsys, verb):
         (["sae", "download"], "--all-neuronpedia"),
         (["sae", "verify", "nowhere.npz"], "nowhere.npz"),
         (["sae", "index", "--out", "x"], "add --refresh"),
+        (["sae", "index", "--out", "none/x", "--refresh"], "There is no folder none for x"),
+        (["steer-vector", "--sae", "s", "--target", "1", "--effects", "none/e", "--out", "v.npz"], "no folder none"),
+        (["collect", "--sites", "layers.0.mlp_out", "--tokens", "9", "--out", "s3://"], "s3:// names no place"),
+        (["train", "--store", "s", "--site", "a,a", "--width", "8", "--out", "o"], "names a site twice"),
+        (["train", "--store", "s", "--site", "a", "--width", "8", "--out", "s3://b/o"], "s3://b/o is a URL, and only"),
+        (["train-live", "--source.site", "a", "--width", "8", "--out", "gs://b/o"], "gs://b/o is a URL, and only"),
+        (["demo", "--workspace", "s3://b/o"], "s3://b/o is a URL, and only"),
+        (["concepts", "--sae", "s", "--context", "1"], "context = 1, but a story"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, says):
@@ -155,7 +163,7 @@ def test_ctrl_c_ends_with_exit_code_130_and_what_there_is_to_say(capsys, monkeyp
     assert run(capsys, "collect") == (130, "", f"mistudio: {says}\n")
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.ENAMETOOLONG])
 def test_a_disk_that_refuses_is_one_sentence(capsys, monkeypatch, number):
     def refuse(_):
         raise OSError(number, os.strerror(number), "s/manifest.json")
@@ -164,6 +172,37 @@ def test_a_disk_that_refuses_is_one_sentence(capsys, monkeypatch, number):
     code, out, err = run(capsys, "train")
     assert (code, out) == (2, "")
     assert err.startswith(f"mistudio: s/manifest.json cannot be read or written: {os.strerror(number)}. Put that right")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's, which is a RuntimeError too."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee documentation."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch, error):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(cli, "load_verb", refuse)
+    code, out, err = run(capsys, "eval")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mistudio: There is too little memory: ")
+
+
+def test_an_error_of_our_own_keeps_its_trace(capsys, monkeypatch):
+    def fail(_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(cli, "load_verb", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run(capsys, "eval")
 
 
 def test_a_set_of_downloads_with_a_failure_ends_with_a_table_and_exit_code_1(capsys, tmp_path):

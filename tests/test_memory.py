@@ -128,6 +128,14 @@ def test_a_run_that_does_not_fit_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_do_not_fit_are_refused_before_they_are_drawn():
+    for width in (10**11, 10**25):
+        with pytest.raises(TrainError, match=r"GB of weights, and .* GB of memory are there\. Lower the width"):
+            initial_sae(
+                replace(SMALL, d_sae=width), replace(CFG, sparsity="target_mean_l0", target_l0=9.0, start_factor=1.0)
+            )
+
+
 def test_memory_that_cannot_be_told_refuses_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     check_memory([initial_sae(SMALL, CFG)], [CFG])

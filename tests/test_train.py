@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,3 +412,16 @@ def test_a_logger_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, c
         run(replace(CFG, **change), folder=tmp_path)
     with pytest.raises(TrainError, match="pass folder="):
         run(replace(CFG, **change))
+
+
+def test_a_logger_that_refuses_says_what_to_type(tmp_path, monkeypatch):
+    class RefusedError(Exception):
+        pass
+
+    def refuse(**_):
+        raise RefusedError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=RefusedError, init=refuse))
+    with pytest.raises(TrainError, match=r"refuses: No API key configured\. .* --train\.wandb offline; .* --resume"):
+        run(replace(CFG, wandb="online"), folder=tmp_path)
+    run(folder=tmp_path, resume=True)

@@ -27,7 +27,10 @@ from mistudio.studio import VERBS, Verb, load_verb
 PIPED_WIDTH = 120
 """Columns of the tables where standard output is no terminal."""
 
-OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+OF_THE_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 """Errors of the system that the user can put right, wherever they come up."""
 
 
@@ -44,14 +47,33 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in OF_THE_DISK:
             raise
         print(
-            f"mistudio: {error.filename or 'A file'} cannot be read or written: {error.strerror}. Put that right (room "
-            "on the disk, permissions), then run this again; what takes long goes on with --resume.",
+            f"mistudio: {error.filename or 'A file'} cannot be read or written: {error.strerror}. Put that right (the "
+            "path, room on the disk, permissions), then run this again; what takes long goes on with --resume.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_too_little_memory(error):
+            raise
+        print(
+            f"mistudio: There is too little memory: {_first_line(error)}. Ask for less at a time (rows, context, "
+            "width, buffer).",
             file=sys.stderr,
         )
         sys.exit(2)
     except KeyboardInterrupt as stop:  # Ctrl-C has no words; what was being written may say how far it came
         print(f"mistudio: {str(stop) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_too_little_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether it is Python's, numpy's or torch's; on a CPU torch's has no class of its own."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _run(arguments: list[str]) -> None:

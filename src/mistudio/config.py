@@ -29,7 +29,7 @@ def from_dict(cls: type[T], data: Any, *, source: str = "configuration") -> T:
     """An instance of `cls` from plain data. ConfigError: an unknown or missing key, a wrong type, a refused value."""
     try:
         return _CONVERTER.structure(data, cls)
-    except Exception as error:
+    except Exception as error:  # cattrs raises whatever a hook raises; what is no mistake in the data is raised again
         reasons = _reasons(error)
         if reasons is None:
             raise

@@ -139,7 +139,7 @@ def download_many(
         pool = ThreadPoolExecutor(jobs)
         try:
             return list(pool.map(lambda e: e if isinstance(e, Failure) else _attempt(one, e), found))
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the other threads stop, and it is raised again
             transfers.stopped.set()
             raise
         finally:

@@ -156,7 +156,7 @@ class Mirror:
                     self.cache.make_room(file, shard.total_bytes(rows))
                     self._receive(shard, rows, checksum, file)
                     os.replace(part, shard.path)
-                except BaseException:
+                except BaseException:  # whatever it was: no half of a file is left, and it is raised again
                     part.unlink(missing_ok=True)
                     raise
         except OSError as error:

@@ -44,8 +44,11 @@ def url_of(place: str | Path) -> str | None:
     """The URL that `place` is, without a slash at its end; None for a folder of this machine (see `folder_of`).
 
     A `Path` made of a URL has one slash where the URL has two; it is understood too, since every flag that names a
-    store is a path. StoreError: a URL of a kind that is not known.
+    store is a path. StoreError: a URL of a kind that is not known, or with nothing after its kind.
     """
+    if str(place).removesuffix("//") in {f"{name}:" for name in SCHEMES} and not Path(place).is_dir():
+        name = str(place).removesuffix("//").removesuffix(":")
+        raise StoreError(f"{name}:// names no place; write {name}://BUCKET/PATH.")
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+]+):/(/?)(.*)", str(place))
     if match is None or match[1] == "file":
         return None
@@ -77,7 +80,7 @@ class Remote:
             self._fs, self._root = self.scheme.open(url)
         except ImportError as error:
             raise StoreError(f"{name}:// needs a package: pip install '{self.scheme.install}' ({error}).") from error
-        except Exception as error:
+        except Exception as error:  # clients share no base class; what is not theirs is raised again
             if not is_of_the_network(error):
                 raise
             raise self._explained(error, "", "") from error
@@ -192,7 +195,7 @@ class Remote:
             except FileNotFoundError:
                 self._answered = True
                 raise
-            except Exception as error:
+            except Exception as error:  # as in __init__
                 if not is_of_the_network(error):
                     raise
                 failure: Exception = error

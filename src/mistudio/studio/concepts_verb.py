@@ -37,6 +37,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.documents < 2:
             raise ConfigError(f"documents = {self.documents}; one half chooses and one half scores, so 2 are needed.")
+        if self.context < 2:
+            raise ConfigError(f"context = {self.context}, but a story is BOS and at least one more token.")
 
 
 @dataclass(frozen=True, kw_only=True)

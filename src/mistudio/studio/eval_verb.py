@@ -1,5 +1,6 @@
 """`mistudio eval`: an SAE measured on held-out text, and what is known of each feature saved beside it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mistudio.errors import ConfigError
 from mistudio.evaluate import EvalReport, evaluate, plot_activation_frequency
 from mistudio.lm import documents, token_rows
 from mistudio.studio.workspace import load_sae
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,10 @@ def run(config: Config) -> EvalReport:
     held_out = documents(
         config.text, column=config.column, separator=config.separator, part="held_out", held_out=config.held_out
     )
-    rows = token_rows(lm, held_out, min(config.context, lm.shape.context), config.rows)
+    context = min(config.context, lm.shape.context)
+    if context < config.context:
+        log.warning("%s reads rows of %s tokens at most, not of %s.", lm.name, context, config.context)
+    rows = token_rows(lm, held_out, context, config.rows)
     report, stats = evaluate(lm, sae, site, rows, batch_rows=config.batch_rows)
     report.save(config.sae)
     stats.save(config.sae)

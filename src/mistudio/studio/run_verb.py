@@ -17,7 +17,7 @@ from mistudio.evaluate import EvalReport
 from mistudio.files import write_json
 from mistudio.studio import collect_verb, concepts_verb, eval_verb, topic_steering, train_verb
 from mistudio.studio.recipe import Recipe, SAEStage, load_recipe
-from mistudio.studio.workspace import refuse_occupied, sae_folder, store_folder
+from mistudio.studio.workspace import refuse_occupied, refuse_url, sae_folder, store_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ def run_recipe(recipe: Recipe, workspace: Path, resume: bool) -> Result:
 
 def _claim(recipe: Recipe, workspace: Path, resume: bool) -> None:
     """Writes recipe.json into a new workspace; into an old one only the same recipe may go on."""
+    refuse_url(workspace)
     kept = workspace / "recipe.json"
     if not resume:
         refuse_occupied(workspace, "Choose another --workspace, or continue the run with --resume.")

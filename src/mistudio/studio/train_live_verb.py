@@ -14,6 +14,7 @@ from mistudio.errors import ConfigError
 from mistudio.lm import Site
 from mistudio.sae import SAEConfig
 from mistudio.studio.train_verb import RecipeName, Result, recipe_default, show, train_on
+from mistudio.studio.workspace import refuse_url
 from mistudio.train import TrainConfig
 
 __all__ = ["Config", "Result", "recipe_default", "run", "show"]
@@ -44,6 +45,7 @@ class Config:
 
 def run(config: Config) -> Result:
     """Trains; the scale is that of the first buffer. The result says how it ended."""
+    refuse_url(config.out)
     feed = stream(config.source, config.train.batch_rows)
     sae_config = SAEConfig(
         d_model=feed.width,

@@ -24,7 +24,7 @@ from mistudio.store import FeedOptions, Store
 from mistudio.store.served import ServedStore, open_rows
 from mistudio.studio import train_sweep
 from mistudio.studio.train_sweep import Sweep, SweepResult
-from mistudio.studio.workspace import refuse_occupied
+from mistudio.studio.workspace import refuse_occupied, refuse_url
 from mistudio.train import TrainConfig, initial_sae, plot_training, train
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -74,6 +74,8 @@ class Config:
                 raise ConfigError(f"width = {width}, but an SAE has at least one feature.")
         if self.site_out is not None and len(self.sites) > 1:
             raise ConfigError("A transcoder reads one site: give one --site, or leave --site-out out.")
+        if len(set(self.sites)) < len(self.sites):
+            raise ConfigError(f"site = {self.site} names a site twice; name each once.")
         if self.skip and self.site_out is None:
             raise ConfigError("skip belongs to a transcoder: give --site-out, or leave --skip out.")
 
@@ -116,6 +118,7 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
 
 def run(config: Config) -> Result | SweepResult:
     """Trains; the folder then holds the SAE in raw units beside the run's records. The result says how it ended."""
+    refuse_url(config.out)
     store = open_rows(config.store, config.key)
     chosen = train_sweep.points(config.sweep, config.sites, config.width, config.train, config.out)
     sae_configs = [_sae_config(store, point.site, point.width, config) for point in chosen]

@@ -18,6 +18,7 @@ from mistudio.evaluate import FeatureStats
 from mistudio.hub.formats import load_any
 from mistudio.lm import LanguageModel, Site
 from mistudio.sae import SAE, Transcoder
+from mistudio.store.remote import url_of
 
 CONCEPTS = "concepts.json"
 
@@ -36,6 +37,12 @@ def refuse_occupied(folder: Path, remedy: str) -> None:
     """ConfigError: `folder` exists and is not empty. `remedy`: what to type."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty. {remedy}")
+
+
+def refuse_url(folder: Path) -> None:
+    """ConfigError: `folder`, where SAEs are to be written, is a URL. Only stores go to one."""
+    if (url := url_of(folder)) is not None:
+        raise ConfigError(f"{url} is a URL, and only stores are written to one. Name a folder for what is trained.")
 
 
 def refuse_unwritable(*files: Path | None) -> None:
@@ -58,7 +65,8 @@ def load_sae(folder: Path, model: str | None, device: str | None = None) -> tupl
         raise SAEError(
             f"{folder} holds a transcoder, which reads {sae.config.hook_name or 'one site'} and writes "
             f"{sae.config.hook_name_out or 'another'}; evaluation, concepts and steering need an SAE of one site. For "
-            f"a transcoder there are `mistudio sae show {folder}` and, in Python, `mistudio.hub.load.load_sae({str(folder)!r})(x)`."
+            f"a transcoder there are `mistudio sae show {folder}` and, in Python, "
+            f"`mistudio.hub.load.load_sae({str(folder)!r})(x)`."
         )
     if sae.config.hook_name is None:
         raise SAEError(f"{folder} does not say which site the SAE was trained on (hook_name).")

@@ -61,20 +61,27 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run named after the folder; each start or resume is one. TrainError: it is not installed."""
+    """A Weights & Biases run named after the folder; each start or resume is one. TrainError: it is not installed, or
+    refuses."""
 
     def __init__(self, folder: Path, cfg: TrainConfig):
         try:
             import wandb
         except ImportError as error:
             raise TrainError("Weights & Biases is not installed; type pip install 'mistudio[wandb]'.") from error
-        self._run: Any = wandb.init(
-            project=cfg.wandb_project,
-            name=folder.name,
-            dir=str(folder),
-            mode="offline" if cfg.wandb == "offline" else "online",
-            config=to_dict(cfg),
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=cfg.wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                mode="offline" if cfg.wandb == "offline" else "online",
+                config=to_dict(cfg),
+            )
+        except wandb.Error as error:
+            raise TrainError(
+                f"Weights & Biases refuses: {str(error).strip().rstrip('.')}. Put that right, or type --train.wandb "
+                "offline; then go on with --resume."
+            ) from error
 
     def write(self, metrics: Metrics) -> None:
         self._run.log(metrics, step=metrics["step"])

@@ -19,6 +19,7 @@ from mistudio.sae import (
     initial_weights,
 )
 from mistudio.train.config import TrainConfig
+from mistudio.train.memory import available_bytes, training_bytes
 from mistudio.train.objectives import Trainable
 
 NORM_RANGE = (0.25, 4.0)
@@ -38,9 +39,10 @@ def initial_sae(config: SAEConfig, cfg: TrainConfig, mesh: Mesh = SOLO) -> Train
     (and a transcoder's `scale_out`) to be set.
 
     On a mesh, the features of this process, which `train` expects there, of the same first weights. ConfigError:
-    the width does not divide over the processes.
+    the width does not divide over the processes. TrainError: there is too little memory for the weights alone.
     """
     part = mesh.part(config.d_sae)
+    _check_weights(dataclasses.replace(config, d_sae=part.stop - part.start), cfg)
     threshold = first_threshold(config, cfg) if cfg.trains_threshold else 0.0
     config = training_form(config, cfg)
     if isinstance(config, TranscoderConfig):
@@ -50,6 +52,16 @@ def initial_sae(config: SAEConfig, cfg: TrainConfig, mesh: Mesh = SOLO) -> Train
     weights["W_enc"] *= cfg.encoder_init
     config = dataclasses.replace(config, d_sae=part.stop - part.start)
     return Transcoder(config, weights) if isinstance(config, TranscoderConfig) else JumpReLUSAE(config, weights)
+
+
+def _check_weights(config: SAEConfig, cfg: TrainConfig) -> None:
+    cpu = torch.device("cpu")
+    needed, there = training_bytes(config, cfg, cpu)["weights"], available_bytes(cpu)
+    if there is not None and needed > there:
+        raise TrainError(
+            f"{config.d_sae:,} features have {needed / 1e9:,.1f} GB of weights, and {there / 1e9:,.1f} GB of memory "
+            "are there. Lower the width."
+        )
 
 
 def first_threshold(config: SAEConfig, cfg: TrainConfig) -> float:
