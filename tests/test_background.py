@@ -80,6 +80,15 @@ def test_a_failed_call_stops_the_others_and_is_raised(after):
     assert done == []
 
 
+def test_an_error_that_leaves_the_block_says_what_failed_in_the_thread_too():
+    def fail():
+        raise ValueError("no room")
+
+    with pytest.raises(KeyError) as caught:
+        given([fail], then=KeyError())
+    assert caught.value.__notes__ == ["Meanwhile, in a thread: ValueError: no room"]
+
+
 def test_threads_end_with_their_blocks():
     before = set(threading.enumerate())
     with Ahead(count(), 2) as items, Behind(2) as behind:

@@ -72,6 +72,7 @@ def test_every_verb_explains_every_flag(capsys, verb):
         (["train", "--store", "s", "--site", "a", "--width", "8", "--out", "s3://b/o"], "s3://b/o is a URL, and only"),
         (["train-live", "--source.site", "a", "--width", "8", "--out", "gs://b/o"], "gs://b/o is a URL, and only"),
         (["demo", "--workspace", "s3://b/o"], "s3://b/o is a URL, and only"),
+        (["feed", "ping", "tcp://127.0.0.1:1", "--wait-s", "nan"], "wait_s = nan"),
         (["concepts", "--sae", "s", "--context", "1"], "context = 1, but a story"),
     ],
 )

@@ -184,6 +184,9 @@ def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
     assert (code, "costing" in out, "Assumed:" in out) == (0, True, True)
 
 
+ONE = ("--model", "gemma-2-2b", "--sites", "layers.1.mlp_out", "--tokens", 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -191,7 +194,13 @@ def test_the_verb_plans_flags_and_recipes_alike(capsys, tmp_path):
         (("r.yaml", "--tokens", 5), "leave these flags out"),
         (("nowhere.yaml",), "There is no recipe nowhere.yaml"),
         (("--model", "gemma-2-2b", "--sites", "layers.1.mlp_out", "--tokens", 0), "tokens = 0"),
-        (("--model", "gemma-2-2b", "--sites", "layers.1.mlp_out", "--tokens", 5, "--mfu", 0), "mfu"),
+        ((*ONE, "--mfu", 0), "mfu = 0"),
+        ((*ONE, "--mfu", "nan"), "mfu = nan"),
+        ((*ONE, "--mfu", 7), "at most 1"),
+        ((*ONE, "--rate", "nan"), "rate = nan"),
+        ((*ONE, "--disk-gib-s", "inf"), "disk_gib_s = inf"),
+        ((*ONE, "--batch-rows", 0), "batch_rows = 0"),
+        ((*ONE, "--evaluation-tokens", -4), "evaluation_tokens = -4"),
     ],
 )
 def test_a_plan_of_nothing_is_refused(capsys, arguments, says):

@@ -179,6 +179,7 @@ def test_steer_vector_makes_a_vector_that_steer_takes(folder, tmp_path, capsys):
         ([*texts, "--target", "3"], "Give either"),
         (["--target", "3"], "--effects effects.safetensors"),
         ([texts[0], str(tmp_path / "none.txt"), *texts[2:]], "no file"),
+        ([*texts[:3], texts[1]], "give the same activations, so no direction"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["steer-vector", "--sae", str(folder), "--out", str(out), *wrong])

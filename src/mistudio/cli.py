@@ -143,7 +143,11 @@ def _overview() -> str:
 
 
 def parse(verb: Verb, arguments: list[str]) -> tuple[Any, bool]:
-    """The verb's config: its defaults, under the file of --config, under the flags; and whether --json was given."""
+    """The verb's config: its defaults, under the file of --config, under the flags; and whether --json was given.
+
+    ConfigError: the file is missing, does not parse or has an unknown key; there is no such --recipe; a refused value.
+    SystemExit with code 2, after a message: an unknown flag, a missing one, or a value of another type.
+    """
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--config", type=Path)
     common.add_argument("--json", action="store_true")

@@ -66,7 +66,7 @@ class Mesh:
         """The mesh of all the processes that torchrun started; SOLO where it started none.
 
         Use it as a context manager, so that the connections are closed. ConfigError: `features` does not divide their
-        number.
+        number. TrainError: not all of them came within `timeout_s`.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         MeshConfig(features=features, timeout_s=timeout_s)

@@ -97,6 +97,7 @@ def match_concepts(
     """One `Match` a concept, best F1 first. `feature_max`: largest activation of each feature, in raw units.
 
     Cost: one forward pass to `site` over the documents, and for each threshold a [F, tokens] × [tokens, K] product.
+    TextError: fewer than two documents.
     """
     half = len(labelled.tokens) // 2
     if half == 0:

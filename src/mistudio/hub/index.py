@@ -44,7 +44,7 @@ def index_path() -> Path:
 
 @cache
 def read(path: Path) -> tuple[Entry, ...]:
-    """The entries of an index file."""
+    """The entries of an index file. HubError: it cannot be read."""
     try:
         return decode(path.read_bytes())
     except (OSError, ValueError, lzma.LZMAError) as error:

@@ -32,7 +32,8 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """The mean of `values`, one a seed, with the percentile interval of the means of resampled seeds."""
+    """The mean of `values`, one a seed, with the percentile interval of the means of resampled seeds.
+    ConfigError: there is none, or one is not finite."""
     if not values or not np.isfinite(values).all():
         raise ConfigError("An interval needs at least one value, and finite ones.")
     x = np.asarray(values, dtype=np.float64)

@@ -124,7 +124,8 @@ def side_effects(
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(risen, fallen): the features whose mean activation per token differs most from the unsteered arm's.
 
-    Pairs of feature and difference, largest first; raw units, the mean over rows of the mean over tokens.
+    Pairs of feature and difference, largest first; raw units, the mean over rows of the mean over tokens. ConfigError:
+    one of the arms has no rows.
     """
     if not arm or not plain:
         raise ConfigError("Side effects compare an arm with the unsteered one; one of them has no rows.")

@@ -79,7 +79,7 @@ class Behind:
     """Calls that another thread makes one after the other, at most `depth` of them waiting: `behind(work)`.
 
     What a call raises is raised by the next `behind(...)`, or when the block is left; calls after it are not made.
-    Leaving the block makes all calls that wait, also when an error leaves it.
+    Leaving the block makes all calls that wait, also when an error leaves it, which then says what a call raised, too.
     """
 
     def __init__(self, depth: int):
@@ -107,11 +107,14 @@ class Behind:
     def __enter__(self) -> "Behind":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._given.release()
         self._thread.join()
-        if kind is None and self._failure is not None:
+        if self._failure is None or self._failure is error:
+            return
+        if error is None:
             raise self._failure
+        error.add_note(f"Meanwhile, in a thread: {type(self._failure).__name__}: {self._failure}")
 
     def _work(self) -> None:
         while self._given.acquire() and self._calls:

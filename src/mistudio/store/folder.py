@@ -56,7 +56,8 @@ def entries(path: Path) -> list[str]:
 
 
 def lock(path: Path) -> IO[str]:
-    """An open file that holds the folder's lock until it is closed, or the process ends."""
+    """An open file that holds the folder's lock until it is closed, or the process ends. StoreError: another process
+    has it."""
     file = open(path / ".lock", "w")  # noqa: SIM115 (held open by the writer)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -131,7 +131,8 @@ class ServedStore:
     def joint_feed(
         self, sites: Sequence[str], batch_rows: int, *, seed: int, start: Position = START, how: FeedOptions = DEFAULTS
     ) -> JointFeed:
-        """Endless shuffled batches of several sites in step; see `JointFeed`."""
+        """Endless shuffled batches of several sites in step; see `JointFeed`. StoreError: no site, or one that is not
+        in the store."""
         known = tuple(self._known(site) for site in sites)
         if not known:
             raise StoreError(f"A feed needs at least one site; {self._name} has {', '.join(self.sites)}.")

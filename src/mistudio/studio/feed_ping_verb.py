@@ -1,5 +1,6 @@
 """`mistudio feed ping`: whether feed servers answer, what they serve and how busy they are."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import tyro
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from mistudio.errors import ConfigError
 from mistudio.store.connection import Patience
 from mistudio.store.served import Load, ServedStore
 
@@ -22,6 +24,10 @@ class Config:
     """The trainers.key of the servers' pair."""
     wait_s: float = 10.0
     """Longest wait for an answer, seconds."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.wait_s < math.inf:
+            raise ConfigError(f"wait_s = {self.wait_s}, but it must be a number of seconds above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

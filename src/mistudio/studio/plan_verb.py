@@ -1,6 +1,7 @@
 """`mistudio plan`: rows, bytes, FLOPs, hours and memory of a run, before it is begun."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,9 +57,14 @@ class Config:
         if self.recipe is not None and (self.model or self.sites or self.tokens is not None or self.widths):
             raise ConfigError("A recipe says model, sites, tokens and widths itself; leave these flags out.")
         for name, number in {"devices": self.devices, "mfu": self.mfu, "disk_gib_s": self.disk_gib_s}.items():
-            if number <= 0:
-                raise ConfigError(f"{name} = {number}, but it must be more than 0.")
-        counts = {"tokens": self.tokens, "sparsities": self.sparsities, "widths": min(self.widths, default=1)}
+            if not 0 < number < math.inf:
+                raise ConfigError(f"{name} = {number}, but it must be a number above 0.")
+        if self.mfu > 1:
+            raise ConfigError(f"mfu = {self.mfu}, but it is a share of the peak, at most 1.")
+        if self.rate is not None and not 0 <= self.rate < math.inf:
+            raise ConfigError(f"rate = {self.rate}, but it must be a number from 0; leave it out where none is known.")
+        counts = {"tokens": self.tokens, "sparsities": self.sparsities, "widths": min(self.widths, default=1),
+                  "batch_rows": self.batch_rows, "evaluation_tokens": self.evaluation_tokens}  # fmt: skip
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{name} = {count}, but at least 1 is needed.")

@@ -70,7 +70,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Downloads and verifies."""
+    """Downloads and verifies, going on after failures. ConfigError: the filters leave nothing to download."""
     wanted = list(config.names)
     if config.all_neuronpedia:
         known = find(model=config.model, site=config.site, width=config.width)

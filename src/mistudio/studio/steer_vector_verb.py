@@ -77,7 +77,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Makes the vector and writes it."""
+    """Makes the vector and writes it. ConfigError: a file cannot be read or written, or the vector is zero."""
     refuse_unwritable(config.out, config.effects)
     lab, site = load_lab(config.sae, config.model)
     r2 = None
@@ -98,6 +98,8 @@ def run(config: Config) -> Result:
         positive, negative = _lines(config.positive), _lines(config.negative)
         make = mean_difference if config.how == "difference" else principal_direction
         vector, sample = make(lab.lm, site, positive, negative), positive[0]
+        if not bool(vector.any()):
+            raise ConfigError(f"{config.positive} and {config.negative} give the same activations, so no direction.")
     write_vectors(config.out, {site: vector}, model=lab.lm.name)
     return Result(
         out=str(config.out),

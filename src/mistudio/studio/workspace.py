@@ -34,8 +34,10 @@ def sae_folder(workspace: Path, site: str) -> Path:
 
 
 def refuse_occupied(folder: Path, remedy: str) -> None:
-    """ConfigError: `folder` exists and is not empty. `remedy`: what to type."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """ConfigError: `folder` exists and is not empty, or is a file. `remedy`: what to type."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file, and a folder is needed. {remedy}")
+    if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty. {remedy}")
 
 
