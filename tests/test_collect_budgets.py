@@ -1,6 +1,7 @@
 """What ends a collection, which rows are left out, documents read by length: stated, counted, never by chance."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -83,9 +84,19 @@ def test_a_finished_collection_by_documents_can_be_extended(cfg, lm, tmp_path): 
 
 
 @pytest.mark.parametrize("name", ["documents", "disk_gb", "hours", "drop_outliers"])
-def test_a_budget_of_nothing_is_refused(cfg, name):  # noqa: F811
-    with pytest.raises(ConfigError, match=f"{name} = 0"):
-        replace(cfg, **{name: 0})
+@pytest.mark.parametrize("limit", [0, math.inf, math.nan])
+def test_a_budget_of_nothing_or_everything_is_refused(cfg, name, limit):  # noqa: F811
+    with pytest.raises(ConfigError, match=f"{name} = {limit}"):
+        replace(cfg, **{name: limit})
+
+
+def test_a_disk_beyond_counting_is_no_budget(cfg, lm):  # noqa: F811
+    assert collect(replace(cfg, disk_gb=1e300), lm).rows == cfg.tokens
+
+
+def test_rows_beyond_what_a_model_reads_in_a_pass_are_refused_before_they_are_gathered(cfg):  # noqa: F811
+    with pytest.raises(ConfigError, match="lm_batch_rows = 100,000,000,000, but a model reads at most 65,536"):
+        replace(cfg, lm_batch_rows=10**11)
 
 
 # ---- outliers

@@ -349,3 +349,10 @@ def test_threads_that_read_at_once_get_their_own_rows():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(40)))
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path):
+    for name, what in (("demo", "part of mistudio"), (str(tmp_path), "a folder on this machine")):
+        for opening in (load.load_shape, lambda name, revision: LanguageModel.load(name, revision=revision)):
+            with pytest.raises(ModelError, match=f"{what} and has no revisions; leave revision = main out"):
+                opening(name, "main")

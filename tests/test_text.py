@@ -100,6 +100,12 @@ def test_stories_have_a_seed_and_no_end(monkeypatch):
 # Mistakes
 
 
+@pytest.mark.parametrize("source", ["", "hf:"])
+def test_a_source_without_a_name_is_refused(source):
+    with pytest.raises(TextError, match="names no text"):
+        next(documents(source))
+
+
 def test_what_does_not_exist_is_an_error_at_once(tmp_path):
     with pytest.raises(TextError, match="no file or folder"):
         documents(str(tmp_path / "nothing.txt"))

@@ -7,6 +7,7 @@ other tokens.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from torch import Tensor
 from mistudio.config import to_dict
 from mistudio.errors import ConfigError
 from mistudio.lm import LanguageModel, Site, TokenRow, documents, load_shape, pack, separate
-from mistudio.lm.batches import Batch, Clock, FirstDocuments, batches, packed_groups, sorted_groups
+from mistudio.lm.batches import MOST_ROWS, Batch, Clock, FirstDocuments, batches, packed_groups, sorted_groups
 from mistudio.progress import Bar, progress_bar
 from mistudio.store import RingFeed, Store, StoreWriter
 from mistudio.store.background import Ahead, Behind
@@ -105,10 +106,11 @@ class CollectConfig:
         for name, count in counts.items():
             if count < 1:
                 raise ConfigError(f"{name} = {count}, but at least 1 is needed.")
+        _check_lm_batch_rows(self.lm_batch_rows)
         limits = {"documents": self.documents, "disk_gb": self.disk_gb, "hours": self.hours}
         for name, limit in {**limits, "drop_outliers": self.drop_outliers}.items():
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"{name} = {limit}, but more than 0 is needed. Leave it out for no limit.")
+            if limit is not None and not 0 < limit < math.inf:
+                raise ConfigError(f"{name} = {limit}, but a number above 0 is needed. Leave it out for no limit.")
         if self.context is not None and self.context < 2:
             raise ConfigError(f"context = {self.context}, but a row is BOS and at least one more token.")
         if not 0 <= self.held_out < 1:
@@ -152,6 +154,7 @@ class StreamConfig:
         for name, count in {"lm_batch_rows": self.lm_batch_rows, "buffer_rows": self.buffer_rows}.items():
             if count < 1:
                 raise ConfigError(f"{name} = {count}, but at least 1 is needed.")
+        _check_lm_batch_rows(self.lm_batch_rows)
 
 
 def stream(cfg: StreamConfig, batch_rows: int, lm: LanguageModel | None = None) -> RingFeed:
@@ -264,11 +267,16 @@ def _collect_to(url: str, cfg: CollectConfig, lm: LanguageModel | None, read: Re
     )
 
 
+def _check_lm_batch_rows(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ConfigError(f"lm_batch_rows = {rows:,}, but a model reads at most {MOST_ROWS:,} rows in a pass.")
+
+
 def _most_rows(cfg: CollectConfig, bytes_a_row: int) -> int:
     """Rows that --tokens and --disk-gb leave room for. ConfigError: none."""
     if cfg.disk_gb is None:
         return cfg.tokens
-    rows = min(cfg.tokens, int(cfg.disk_gb * 1e9) // bytes_a_row)
+    rows = int(min(cfg.tokens, cfg.disk_gb * 1e9 / bytes_a_row))
     if rows == 0:
         raise ConfigError(f"disk_gb = {cfg.disk_gb} has no room for a single row of {bytes_a_row:,} bytes.")
     return rows

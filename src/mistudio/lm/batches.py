@@ -17,6 +17,9 @@ from mistudio.lm.text import Document
 if TYPE_CHECKING:
     from mistudio.lm.model import LanguageModel
 
+MOST_ROWS = 1 << 16
+"""Of one pass. Rows are gathered before the model sees them, so that a slip of the pen would gather for hours."""
+
 
 @dataclass(frozen=True)
 class Batch:

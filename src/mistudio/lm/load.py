@@ -27,12 +27,15 @@ _log = logging.getLogger(__name__)
 def load_model(
     name: str, device: torch.device | str | None, dtype: torch.dtype | str | None, revision: str | None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model and tokenizer of a Hugging Face name or local folder; "demo" is the one in the package."""
+    """The model and tokenizer of a Hugging Face name or local folder; "demo" is the one in the package.
+
+    ModelError: there is no such model or revision, it is damaged or of a family that is not supported, or it is gated.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = _device(device)
     dtype = _dtype(dtype, device)
-    source = str(DEMO) if name == "demo" else name
+    source = _source(name, revision)
     if name == "demo" and not (DEMO / "model.safetensors").is_file():
         raise ModelError("This installation lacks the demo model's weights; reinstall mistudio, or name another model.")
     try:
@@ -46,6 +49,14 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(explain(name, error)) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` untyped
+
+
+def _source(name: str, revision: str | None) -> str:
+    """What transformers is to load. ModelError: a revision of something that has none."""
+    if revision is not None and (name == "demo" or Path(name).is_dir()):
+        what = "part of mistudio" if name == "demo" else "a folder on this machine"
+        raise ModelError(f"{name} is {what} and has no revisions; leave revision = {revision} out.")
+    return str(DEMO) if name == "demo" else name
 
 
 @contextmanager
@@ -63,11 +74,15 @@ def _quiet_bar() -> Iterator[None]:
 
 
 def load_shape(name: str, revision: str | None) -> ModelShape:
-    """The sizes of the model of that name, from its configuration alone: a few kilobytes are read, or downloaded."""
+    """The sizes of the model of that name, from its configuration alone: a few kilobytes are read, or downloaded.
+
+    ModelError: as `load_model`.
+    """
     from transformers import AutoConfig
 
+    source = _source(name, revision)
     try:
-        config = AutoConfig.from_pretrained(str(DEMO) if name == "demo" else name, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(explain(name, error)) from error
     return shape_of(name, config)

@@ -102,6 +102,8 @@ def _select(found: Iterator[Document], source: str, part: Part, held_out: float)
 def _open(source: str, column: str, separator: str | None) -> Iterator[Document]:
     if source == "stories" or source.startswith("stories:"):
         return _stories(source)
+    if source in ("", "hf:"):
+        raise TextError(f"{source!r} names no text. A text is a file, a folder, hf:NAME (a data set) or stories.")
     if source.startswith("hf:"):
         return _data_set(source, column)
     path = Path(source)

@@ -14,6 +14,8 @@ from mistudio.errors import ConfigError
 
 LOGGING_FIELDS = frozenset({"log_every", "checkpoint_every", "spike_factor", "tensorboard", "wandb", "wandb_project"})
 """Fields that a resumed run may change, since the weights do not depend on them."""
+LARGEST = 1e30
+"""Of a rate, a weight or a width: larger numbers are none in float32 once they are multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class TrainConfig:
         ):
             _check(name, size, 0 < size < math.inf, "a positive number")
         for name, size in (("sparsity_weight", self.sparsity_weight), ("frequency_weight", self.frequency_weight)):
-            _check(name, size, 0 <= size < math.inf, "a number of at least 0")
+            _check(name, size, 0 <= size <= LARGEST, f"a number from 0 to {LARGEST:g}")
         _check("frequency_limit", self.frequency_limit, 0 < self.frequency_limit < 1, "between 0 and 1")
         _check("lr_decay_fraction", self.lr_decay_fraction, 0 <= self.lr_decay_fraction <= 1, "between 0 and 1")
         _check("beta1", self.beta1, 0 <= self.beta1 < 1, "at least 0 and below 1")
