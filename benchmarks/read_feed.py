@@ -6,7 +6,8 @@ Reading: bytes a second of `store.feed` / those of a plain sequential read of th
 page cache. Cold: they were dropped from it (posix_fadvise) before each reading. First: a new feed of a store that was
 just opened, which checks every shard. Again: warm, a feed that has read an epoch goes on, with the batches it had made
 ahead taken before the clock runs; cold, a new feed of a store that was read before. Feeds read whole batches only, and
-their time is scaled to all rows.
+their time is scaled to all rows. Before a cold read, memory for it is taken and given back: a virtual machine returns
+what is free to its host, and a plain read into memory that must come from the host again was half as fast.
 
 The plain read takes 4 MiB at a time into one buffer and does nothing with it; a second one ("into batches") reads into
 memory of the size of a batch, three in turn, as anybody who hands the rows on must. "Copy": as many threads as the feed
@@ -19,11 +20,12 @@ own (`make test-peers` makes .venv-peers; MISTUDIO_SAELENS_PYTHON names another;
 Writing: seconds of a whole store of `--buckets` buckets / those of one of a single bucket, to which rows go in order;
 the one is written first in every other round.
 
-What is compared takes turns in each round, and the first round is left out; medians and ranges of the ratios, by the
-wall's clock and the processor's.
+What is compared takes turns in each round, every other round in the opposite order, and the first round is left out;
+medians and ranges of the ratios, by the wall's clock and the processor's.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import mmap
@@ -37,6 +39,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -79,8 +82,9 @@ def shards(store: Store) -> list[Path]:
 
 
 def drop(store: Store, *, was_read: bool) -> None:
-    """The files are not in the page cache."""
+    """The files are not in the page cache, and there is memory at hand for them and for batches."""
     gc.collect()  # a file that is mapped stays in it
+    np.ones(2 * sum(path.stat().st_size for path in shards(store)), dtype=np.uint8)
     if was_read:
         for bucket in range(len(store.manifest.bucket_sizes)):
             store.mapped(SITE, bucket)["rows"].file.madvise(mmap.MADV_DONTNEED)
@@ -88,6 +92,21 @@ def drop(store: Store, *, was_read: bool) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached := pages_cached(file):
+                sys.exit(f"{cached:,} pages of {path} stay in the page cache: something has it mapped.")
+
+
+def pages_cached(file: BinaryIO) -> int:
+    """Pages of the file that are in the page cache."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        bytes_of = np.frombuffer(mapped, dtype=np.uint8)
+        found = np.zeros(-(-len(bytes_of) // mmap.PAGESIZE), dtype=np.uint8)
+        told = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(bytes_of.ctypes.data), ctypes.c_size_t(len(bytes_of)), ctypes.c_void_p(found.ctypes.data)
+        )
+        assert told == 0
+        del bytes_of
+    return int((found & 1).sum())
 
 
 def plain(store: Store, buffers: list[np.ndarray]) -> None:
@@ -126,6 +145,13 @@ def reader(path: Path, args: argparse.Namespace, *, cold: bool, first: bool) -> 
     return lambda: take(feed, count)
 
 
+def ready(store: Store, way: Callable[[], object], *, cold: bool) -> Callable[[], object]:
+    """The way, with the files dropped where it is to be cold."""
+    if cold:
+        drop(store, was_read=False)
+    return way
+
+
 def take(feed: Feed, batches: int) -> None:
     """The next batches, which nobody uses."""
     for _ in range(batches):
@@ -161,19 +187,18 @@ def measure_reading(path: Path, args: argparse.Namespace) -> None:
         if not cold:
             ways["copy"] = partial(copy, maps, batches, pool, threads)
         for first in (True, False):
-            found: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-            rates = []
-            for _ in range(args.rounds + 1):
-                ours = seconds(reader(path, args, cold=cold, first=first)) * once
-                rates.append(size / ours[0] / 1e9)
-                for name, way in ways.items():
-                    if cold:
-                        drop(store, was_read=False)
-                    found[name].append(seconds(way) / ours)
+            turns = {"feed": partial(reader, path, args, cold=cold, first=first)}
+            turns |= {name: partial(ready, store, way, cold=cold) for name, way in ways.items()}
+            times: dict[str, list[np.ndarray]] = {name: [] for name in turns}
+            for number in range(args.rounds + 1):
+                for name, prepare in list(turns.items())[:: -1 if number % 2 else 1]:
+                    times[name].append(seconds(prepare()))
+            ours = [of_feed * once for of_feed in times["feed"]]
+            rates = [size / of_feed[0] / 1e9 for of_feed in ours]
             kind = f"{'cold' if cold else 'warm'}, {'first' if first else 'again'}"
             print(f"{kind}: feed {np.median(rates[1:]):.2f} GB/s")
-            for name, ratios in found.items():
-                shown(f"{kind}: feed / {name}", ratios)
+            for name in ways:
+                shown(f"{kind}: feed / {name}", [way / of_feed for way, of_feed in zip(times[name], ours, strict=True)])
 
 
 class Peer:
