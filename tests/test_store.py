@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mistudio.errors import ConfigError, StoreError
-from mistudio.store import Position, Store, StoreWriter, convert, verify
+from mistudio.store import Position, Store, StoreWriter, convert, shard, verify
 from mistudio.store.extend import bucket_rows_to_extend
 from mistudio.store.writer import make_plan
 
@@ -621,6 +621,19 @@ def test_an_interrupted_store_of_any_number_type_equals_one_never_interrupted(tm
         write(writer, 200)
         writer.finish()
     assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+
+
+def test_appends_that_the_disk_begins_with_at_once_leave_the_same_store(tmp_path, monkeypatch):
+    begun = []
+    plain = shard._begin_writing
+    monkeypatch.setattr(shard, "_begin_writing", lambda *given: (begun.append(given[1:]), plain(*given)))
+    whole = digest(make(tmp_path / "whole").path)
+    assert begun == []  # they are small
+    monkeypatch.setattr(shard, "_WRITTEN_AT_ONCE", 1)
+    assert digest(make(tmp_path / "s").path) == whole
+    rows = sum(size for _, size in begun)
+    assert rows == 200 * 4 * (3 + 2 + 3)  # of both sites and of where, each byte once
+    assert min(start for start, _ in begun) == shard.PREFIX_BYTES
 
 
 def test_shards_of_every_number_type_are_safetensors_files(tmp_path):

@@ -8,6 +8,7 @@ Reading a map at random from a cold disk waits for a page at a time; so a file t
 first, in order and in large pieces, which is also how its checksum is worked out.
 """
 
+import ctypes
 import json
 import mmap
 import os
@@ -33,7 +34,8 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "I32": np.dtype("<i4"),
 }
 _READ_AT_ONCE: Final = 1 << 21  # the buffer stays in the processor's cache, and the disk reads as far ahead as it can
-_WRITTEN_AT_ONCE: Final = 1 << 20
+_WRITTEN_AT_ONCE: Final = 1 << 20  # bytes of an append; smaller ones are better written together
+_WRITE_ONLY: Final = 2  # SYNC_FILE_RANGE_WRITE
 _LOOK_EVERY: Final = 1 << 18  # bytes of a file between places that are asked whether they are in the page cache
 
 
@@ -91,8 +93,8 @@ class Shard:
                 file.seek(place)
                 while left:
                     left = left[file.write(left) :]
-                if size >= _WRITTEN_AT_ONCE and sys.platform == "linux":  # what is not on the disk yet stays in memory
-                    os.posix_fadvise(file.fileno(), place, size, os.POSIX_FADV_DONTNEED)
+                if size >= _WRITTEN_AT_ONCE:
+                    _begin_writing(file.fileno(), place, size)
         except OSError as error:
             raise StoreError(
                 f"{self.path} cannot be written: {error.strerror}. Put that right (room on the disk, permissions), "
@@ -230,6 +232,15 @@ def _is_cached(descriptor: int, start: int, size: int) -> bool:
     except OSError:  # it would have to wait for the disk, or the file system cannot tell
         return False
     return True
+
+
+def _begin_writing(descriptor: int, start: int, size: int) -> None:
+    """The disk begins with a part of a file, and nobody waits for it; nothing where the system has no such call.
+
+    An error of the disk is told by the next `fsync`, as without this.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE_ONLY)
 
 
 def site_shards(folder: Path, site: str, bucket: int, width: int, dtype: str) -> dict[str, Shard]:
