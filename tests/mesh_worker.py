@@ -55,11 +55,13 @@ RUNS = {
     "prefixes-dense": replace(CFG, prefixes=(0.25, 0.75), engine="dense"),
     "blocks": replace(CFG, prefixes=(0.25,), engine="dense", micro_features=3, sparsity="target_mean_l0", **TARGET),
     "topk": replace(CFG, architecture="topk", k=2, aux_k=2, sparsity_weight=0.0, dead_after_rows=2),
+    "aux": replace(CFG, aux_k=2, aux_weight=1.0, dead_after_rows=1, aux_part=0.125, prefixes=(0.25,)),
+    "aux-dense": replace(CFG, aux_k=2, aux_weight=1.0, dead_after_rows=1, engine="dense"),
     "transcoder": replace(CFG, b_dec_init="zero"),
 }
 CROSSOVER = 0.3
 """One that the run "both" crosses."""
-ON_ONE_AXIS = ("dense-mean", "sparse-mean", "sparse-token", "both", "relu")
+ON_ONE_AXIS = ("dense-mean", "sparse-mean", "sparse-token", "both", "relu", "aux")
 ON = {"features": ON_ONE_AXIS, "rows": (*ON_ONE_AXIS, "topk"), "grid": tuple(name for name in RUNS if name != "topk")}
 """Which runs are made on which mesh: all on one of them."""
 SAE = SAEConfig(d_model=D, d_sae=F, scale=2.0, hook_name="layers.1.resid_post", hook_layer=1)

@@ -93,7 +93,8 @@ def test_the_runs_have_features_that_are_on_or_dead_and_change_from_dense_to_spa
         assert all(0.3 < line["l0"] < 12 for line in lines(solo / name)), name
     entries = [line["l0"] / mesh_worker.F for line in lines(solo / "both")]
     assert entries[0] > mesh_worker.CROSSOVER > entries[-1]
-    assert any(line["dead"] for line in lines(solo / "topk"))  # so that AuxK has something to do
+    for name in ("topk", "aux", "aux-dense"):
+        assert any(line["dead"] for line in lines(solo / name)), name  # so that AuxK has something to do
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -57,6 +57,8 @@ CASES = {
         ),
         SAE,
     ),
+    "jumprelu-aux": (replace(JUMPRELU, aux_k=3, aux_weight=0.5, frequency_weight=2.0), SAE),
+    "jumprelu-aux-prefixes": (replace(JUMPRELU, aux_k=5, prefixes=(0.25,), log_threshold=True), SAE),
     "no-centre": (replace(JUMPRELU, pre_encoder_bias=False, prefixes=(0.3,)), SAE),
     "relu": (RELU, SAE),
     "relu-prefixes": (replace(RELU, prefixes=(0.25,)), SAE),
@@ -67,6 +69,7 @@ CASES = {
     "batchtopk-aux": (replace(BATCHTOPK, aux_k=3, aux_weight=0.5), SAE),
     "coder": (JUMPRELU, CODER),
     "coder-skip": (replace(JUMPRELU, frequency_weight=1.0, log_threshold=True), replace(CODER, skip=True)),
+    "coder-aux": (replace(JUMPRELU, aux_k=4, aux_weight=1.0), CODER),
     "coder-relu-skip-prefixes": (replace(RELU, prefixes=(0.5,)), replace(CODER, skip=True)),
     "coder-batchtopk-aux": (replace(BATCHTOPK, aux_k=5), CODER),
 }  # fmt: skip
@@ -175,7 +178,7 @@ def test_every_gradient_is_that_of_the_dense_float64_step_to_float32_rounding(ca
         torch.testing.assert_close(getattr(terms, name).double(), getattr(expected, name), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", [name for name, (cfg, _) in CASES.items() if not cfg.selects])
+@pytest.mark.parametrize("case", [name for name, (cfg, _) in CASES.items() if not (cfg.selects or cfg.aux_k)])
 @pytest.mark.parametrize("micro_features", [7, 64])
 @pytest.mark.parametrize("micro_rows", [None, 5])
 def test_a_step_in_blocks_of_features_is_the_dense_step_in_float64(case, micro_features, micro_rows):
@@ -432,7 +435,7 @@ def test_auxks_definition_equals_finite_differences_with_its_target_held():
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
-@pytest.mark.parametrize("cfg", [TOPK, BATCHTOPK], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize("cfg", [TOPK, BATCHTOPK, JUMPRELU], ids=["topk", "batchtopk", "jumprelu"])
 def test_auxk_brings_back_features_whose_outputs_are_too_small_to_be_kept(engine, cfg):
     alive = []
     for aux_k in (None, 8):
@@ -446,6 +449,33 @@ def test_auxk_brings_back_features_whose_outputs_are_too_small_to_be_kept(engine
         alive.append(int((state.silent_rows[:10] < cfg.dead_after_rows).sum()))
     assert alive[0] == 0
     assert alive[1] > 0
+
+
+def test_a_jumprelu_features_threshold_stays_while_auxk_helps_it():
+    cfg = replace(JUMPRELU, aux_k=4, frequency_weight=2.0)
+    sae, (x,), dead = sae_of(cfg, SAE), batch(SAE), dead_of(cfg)
+    plain, helped = (loss_and_gradients(sae, x, cfg, 0.3, None, d)[1]["theta"] for d in (None, dead))
+    assert plain[dead].any()
+    assert not helped[dead].any()
+    assert torch.equal(plain[~dead], helped[~dead])
+
+
+@pytest.mark.parametrize(("aux_after_rows", "helped"), [(None, [7]), (2 * B, [3, 7])])
+def test_auxk_helps_features_that_were_silent_for_aux_after_rows(aux_after_rows, helped):
+    state = TrainState(sae_of(JUMPRELU, SAE), replace(JUMPRELU, aux_k=4, aux_after_rows=aux_after_rows))
+    assert state.helped() is None
+    state.silent_rows[3], state.silent_rows[7] = 2 * B, 3 * B
+    assert state.helped().nonzero().squeeze(1).tolist() == helped
+
+
+def test_auxk_helps_no_more_than_aux_part_of_the_features_in_turn():
+    state = TrainState(sae_of(JUMPRELU, SAE), replace(JUMPRELU, aux_k=4, aux_part=3 / F))
+    state.silent_rows[:7] = 3 * B
+    helped = []
+    for state.step in range(7):
+        helped += state.helped().nonzero().squeeze(1).tolist()
+    assert len(helped) == 3 * 7
+    assert all(helped.count(feature) == 3 for feature in range(7))
 
 
 # --- transcoders, and what is released
@@ -557,7 +587,7 @@ def sources(config, fail_at=None):
     return Source(one, fail_at=fail_at)
 
 
-@pytest.mark.parametrize("case", ["batchtopk-aux", "topk-aux", "coder-skip", "gemma-scope-2"])
+@pytest.mark.parametrize("case", ["batchtopk-aux", "topk-aux", "jumprelu-aux", "coder-skip", "gemma-scope-2"])
 @pytest.mark.parametrize("engine", ["sparse", "auto"])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, case, engine):
     cfg, config = replace(CASES[case][0], engine=engine), CASES[case][1]
@@ -590,7 +620,10 @@ def test_gradients_longer_than_clip_norm_are_shortened_and_others_are_not():
         ({"architecture": "topk", "sparsity_weight": 0.0}, "topk needs k"),
         ({"architecture": "topk", "k": 4}, "topk has no penalty"),
         ({"k": 4}, "k has no effect with jumprelu"),
-        ({"aux_k": 4}, "aux_k is for topk and batchtopk"),
+        ({"architecture": "relu", "sparsity": "l1", "aux_k": 4}, "aux_k is for jumprelu, topk and batchtopk, not relu"),
+        ({"aux_after_rows": 4}, "aux_after_rows has no effect without aux_k"),
+        ({"aux_k": 4, "aux_after_rows": 0}, "aux_after_rows must be at least 1"),
+        ({"aux_k": 4, "micro_features": 8}, "aux_k needs all features at once; leave micro_features out"),
         ({"architecture": "relu"}, "relu and sparsity l1 need each other"),
         ({"sparsity": "l1"}, "relu and sparsity l1 need each other"),
         ({"architecture": "relu", "sparsity": "l1", "frequency_weight": 1.0}, "which relu does not train"),

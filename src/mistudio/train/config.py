@@ -34,10 +34,14 @@ class TrainConfig:
     k: int | None = None
     """How many features a row has on (batchtopk: on average); None with the other architectures."""
     aux_k: int | None = None
-    """topk and batchtopk: how many dead features reconstruct, in every row, what the others left over (AuxK), so that
-    they come back to life; None: no such loss. What counts as dead says dead_after_rows."""
+    """How many silent features reconstruct, in every row, what the others left over (AuxK), so that they come back to
+    life; None: no such loss. Not for relu. A jumprelu feature's threshold stays while it is helped."""
     aux_weight: float = 1 / 32
     """The weight of that loss."""
+    aux_after_rows: int | None = None
+    """A feature that was silent for this many rows is helped so; None: for dead_after_rows."""
+    aux_part: float = 1.0
+    """At most this part of all features is helped in a step, in turn: a step costs all rows times these features."""
     prefixes: tuple[float, ...] = ()
     """Matryoshka: parts of the features, such as [0.0625, 0.25], which must each reconstruct without those after it.
     The loss is the mean over these and the whole."""
@@ -117,7 +121,8 @@ class TrainConfig:
     auto: on a CPU sparse where numba is installed and the step before had few enough entries, else dense."""
 
     dead_after_rows: int = 10_000_000
-    """A feature that was silent for this many rows counts as dead: it is reported, and helped by aux_k."""
+    """A feature that was silent for this many rows counts as dead: it is reported, and starts again where
+    resample_every says so."""
     resample_every: int | None = None
     """Every so many steps dead features start again from rows of the batch that are reconstructed badly; None leaves
     them dead. Give those that started again time to fire: at least dead_after_rows / batch_rows."""
@@ -182,11 +187,12 @@ class TrainConfig:
         return self.architecture in ("topk", "batchtopk")
 
     def _check_choices(self) -> None:
-        for name, number in (("k", self.k), ("aux_k", self.aux_k), ("micro_rows", self.micro_rows),
-                             ("micro_features", self.micro_features)):  # fmt: skip
+        for name, number in (("k", self.k), ("aux_k", self.aux_k), ("aux_after_rows", self.aux_after_rows),
+                             ("micro_rows", self.micro_rows), ("micro_features", self.micro_features)):  # fmt: skip
             if number is not None:
                 _check(name, number, number >= 1, "at least 1")
         _check("aux_weight", self.aux_weight, 0 < self.aux_weight < math.inf, "a positive number")
+        _check("aux_part", self.aux_part, 0 < self.aux_part <= 1, "above 0 and at most 1")
         if self.lr_width is not None:
             _check("lr_width", self.lr_width, self.lr_width >= 1, "at least 1")
         if self.start_factor is not None:
@@ -220,12 +226,14 @@ class TrainConfig:
             raise ConfigError(f"{kind} has no penalty, k alone decides: leave sparsity at l0, with sparsity_weight 0")
         if not self.selects and self.k is not None:
             raise ConfigError(f"k has no effect with {kind}; use topk or batchtopk, or leave k out")
-        if not self.selects and self.aux_k is not None:
-            raise ConfigError(f"aux_k is for topk and batchtopk, not {kind}")
+        if self.aux_k is None and self.aux_after_rows is not None:
+            raise ConfigError("aux_after_rows has no effect without aux_k; give both, or leave it out")
+        if kind == "relu" and self.aux_k is not None:
+            raise ConfigError("aux_k is for jumprelu, topk and batchtopk, not relu; set it to None")
         if (kind == "relu") != (self.sparsity == "l1"):
             raise ConfigError(f"relu and sparsity l1 need each other, not {kind} with {self.sparsity}")
-        if self.micro_features is not None and (self.selects or self.clip_norm is not None):
-            what = kind if self.selects else "clip_norm"
+        if self.micro_features is not None and (self.selects or self.aux_k is not None or self.clip_norm is not None):
+            what = kind if self.selects else "clip_norm" if self.aux_k is None else "aux_k"
             raise ConfigError(f"{what} needs all features at once; leave micro_features out")
         if self.frequency_weight > 0 and kind != "jumprelu":
             raise ConfigError(f"frequency_weight moves thresholds, which {kind} does not train; set it to 0")

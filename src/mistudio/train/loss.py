@@ -22,7 +22,7 @@ from mistudio.mesh import SOLO, Mesh
 from mistudio.sae.code import is_entry
 from mistudio.train.config import TrainConfig
 from mistudio.train.objectives import Trainable, objective_of
-from mistudio.train.objectives.auxk import auxiliary_loss
+from mistudio.train.objectives.auxk import auxiliary_loss, below_the_largest
 from mistudio.train.objectives.matryoshka import groups, suffix_sums_
 from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.transcoder import base_of, has_skip
@@ -63,11 +63,15 @@ def loss(
 ) -> Terms:
     """The terms of a batch with a graph behind `loss`: the definition.
 
-    weight: w at this step. y: what to reconstruct; None: x. dead: the features that count as dead, for AuxK.
+    weight: w at this step. y: what to reconstruct; None: x. dead: the features that count as dead, for AuxK, whose
+    thresholds have no gradient.
     """
     objective, target, base = objective_of(cfg), x if y is None else y, base_of(sae, x)
     z = sae.pre_activations(x)  # [B, F]
-    f, active = objective.features(z, sae.threshold, cfg)
+    threshold = sae.threshold
+    if cfg.aux_k is not None and dead is not None:
+        threshold = torch.where(dead, threshold.detach(), threshold)
+    f, active = objective.features(z, threshold, cfg)
     ends = [hi for _, hi in groups(cfg, f.shape[1])]
     residuals = [f[:, :end] @ sae.W_dec[:end] + base - target for end in ends]
     squares = [residual.square().sum(1).mean() for residual in residuals]
@@ -174,6 +178,8 @@ class _DenseStep:
 
     def _window(self, z: Tensor, active: Tensor) -> Tensor:
         window = torch.lt((z - self.threshold).abs_(), self.cfg.bandwidth / 2, out=torch.empty_like(z))
+        if self.dead is not None:
+            window[:, self.dead] = 0.0
         if not self.squares:
             self.below = (window > active).sum() * (self.rows / self.mesh.rows / len(z))
         if self.cfg.frequency_weight > 0:
@@ -182,10 +188,12 @@ class _DenseStep:
 
     def _dead_features(self, z: Tensor) -> Tensor | None:
         """The auxiliary f of the dead features [b, n], where there are any."""
-        if self.dead is None or not len(self.dead) or self.cfg.aux_k is None:
+        if self.dead is None or self.cfg.aux_k is None:
             return None
         z = z[:, self.dead].relu_()
         values, where = z.topk(min(self.cfg.aux_k, z.shape[1]), dim=1)
+        if self.mesh.features > 1:
+            values = values.masked_fill(below_the_largest(values, self.cfg.aux_k, self.mesh), 0.0)
         return torch.zeros_like(z).scatter_(1, where, values)
 
     def _planes(self, f: Tensor, x: Tensor, y: Tensor, auxiliary: Tensor | None) -> Tensor:
@@ -203,7 +211,9 @@ class _DenseStep:
         self.squares.append(residuals[-1].square().sum())
         if len(residuals) == 1 and auxiliary is None:
             return residuals[0][None]
-        left_over = None if auxiliary is None else residuals[-1] + auxiliary @ sae.W_dec[self.dead]
+        left_over = None
+        if auxiliary is not None:
+            left_over = residuals[-1] + self.mesh.sum_features(auxiliary @ sae.W_dec[self.dead])
         stacked = torch.stack(residuals)
         self.prefix_squares += stacked[:-1].square().sum()
         planes = suffix_sums_(stacked)

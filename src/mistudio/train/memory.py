@@ -66,7 +66,7 @@ def starts_dense(config: SAEConfig, cfg: TrainConfig) -> bool:
 
 
 def _sparse_step_bytes(config: SAEConfig, cfg: TrainConfig) -> int:
-    in_a_row = CROSSOVER * config.d_sae if cfg.k is None else cfg.k + (cfg.aux_k or 0)
+    in_a_row = (CROSSOVER * config.d_sae if cfg.k is None else cfg.k) + (cfg.aux_k or 0)
     entries = ENTRY_BYTES * int(in_a_row * cfg.batch_rows)
     of_the_dead = 0 if cfg.aux_k is None else 4 * config.d_model * config.d_sae
     return entries + 3 * 4 * PIECE_ENTRIES + of_the_dead
@@ -129,7 +129,7 @@ def _what_fits(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: 
 def most_micro_features(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: int) -> int | None:
     """The largest micro_features, a power of 2, with which the run fits into `room` bytes; None if none does, or the
     run may not have it."""
-    if cfg.selects or cfg.clip_norm is not None or not starts_dense(config, cfg):
+    if cfg.selects or cfg.aux_k is not None or cfg.clip_norm is not None or not starts_dense(config, cfg):
         return None
     features = 1 << (config.d_sae.bit_length() - 1)
     while features >= WIDTH_STEP:

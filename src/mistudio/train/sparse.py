@@ -35,7 +35,7 @@ from mistudio.train.config import TrainConfig
 from mistudio.train.definition import Work
 from mistudio.train.loss import Terms
 from mistudio.train.objectives import Trainable, objective_of
-from mistudio.train.objectives.auxk import merged, spread
+from mistudio.train.objectives.auxk import active_counts, largest_everywhere, merged, spread, without_window
 from mistudio.train.objectives.matryoshka import group_of, groups, on_planes, suffix_sums_
 from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.topk import largest_of_rows
@@ -155,22 +155,25 @@ class SparseStep:
         threshold = self.sae.threshold.detach()
         if code is None:
             code = self.objective.entries(self, x, threshold, cfg)
-        level = self.objective.level(threshold)
+        level, dead = self.objective.level(threshold), dead if cfg.aux_k is not None else None
+        if dead is not None and cfg.trains_threshold:
+            code, level = without_window(code, threshold, dead)
         done = self._reconstruct(code, x, x if y is None else y, level, dead)
-        sums, touched = self._step(done, x, threshold, level, weight, lr)
+        sums, touched = self._step(done, x, threshold, level, weight, lr, dead)
         if self.screen is not None:
             self.screen.refresh(touched)
         fired = sums[:, 3]
-        if cfg.aux_k is not None:  # not those of the dead
-            fired = self.mesh.sum_rows(code.feature_ptr.diff().to(x.dtype))
+        if dead is not None:  # not their auxiliary entries
+            fired = self.mesh.sum_rows(active_counts(code, level).to(x.dtype))
         charge = self.objective.charge(done.all_l0, self.mesh.join_features(fired), self._total(code), cfg)
         entries = self._sum_everywhere(done.mse.new_tensor(len(code.values)))
         loss = done.loss + weight * charge
         return Terms(loss, done.mse, done.all_l0.mean(), fired, entries, self._smallest(code, done.all_l0))
 
     def _step(
-        self, done: _Reconstruction, x: Tensor, threshold: Tensor, level: Tensor, weight: float, lr: float
-    ) -> tuple[Tensor, Tensor]:
+        self, done: _Reconstruction, x: Tensor, threshold: Tensor, level: Tensor, weight: float, lr: float,
+        dead: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sums [F, 5], touched [F]) of `definition.row_gradients`; every parameter has taken its step."""
         cfg, rows, centred = self.cfg, len(done.all_l0), self.sae.config.pre_encoder_bias
         p = {name: parameter.detach() for name, parameter in self.sae.named_parameters()}
@@ -179,10 +182,10 @@ class SparseStep:
         work = Work(done.code, x, done.planes, p, level, price, self.bandwidth, centred, scale, bonus)
         if cfg.clip_norm is None and self.mesh.rows == 1:
             sums, d_centre, touched = self.visit(work, self.adam, lr)
-            self.adam.update(self._vector_gradients(done, x, sums, d_centre, threshold, weight), lr)
+            self.adam.update(self._vector_gradients(done, x, sums, d_centre, threshold, weight, dead), lr)
             return sums, touched
         sums, d_centre, features, g_enc, g_dec = self._over_replicas(*self.row_gradients(work))
-        vectors = self._vector_gradients(done, x, sums, d_centre, threshold, weight)
+        vectors = self._vector_gradients(done, x, sums, d_centre, threshold, weight, dead)
         if cfg.clip_norm is None:
             self.apply_rows(features, g_enc, g_dec, p, self.adam, lr)
             self.adam.update(vectors, lr)
@@ -210,8 +213,9 @@ class SparseStep:
         return sums, d_centre, features, mesh.sum_rows(whole[0]), mesh.sum_rows(whole[1])
 
     def _vector_gradients(
-        self, done: _Reconstruction, x: Tensor, sums: Tensor, d_centre: Tensor, threshold: Tensor, weight: float
-    ) -> dict[str, Tensor]:
+        self, done: _Reconstruction, x: Tensor, sums: Tensor, d_centre: Tensor, threshold: Tensor, weight: float,
+        dead: Tensor | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The gradients of b_enc, b_dec, θ and W_skip."""
         d_z, d_f_windowed, price_windowed, fired, number_windowed = sums.unbind(1)
         first_plane, scale = done.planes[: len(x)], 2 / len(done.all_l0)
@@ -220,6 +224,7 @@ class SparseStep:
         if self.cfg.trains_threshold:
             windowed = (d_f_windowed, price_windowed, number_windowed)
             d_theta = threshold_gradient(threshold, windowed, fired, done.all_l0, weight, self.cfg)
+            d_theta = d_theta if dead is None else d_theta.masked_fill(dead, 0.0)
             found["theta"] = d_theta * threshold if self.sae.config.log_threshold else d_theta
         if has_skip(self.sae):
             found["W_skip"] = scale * self.mesh.sum_rows(x.T @ first_plane)
@@ -253,6 +258,8 @@ class SparseStep:
         mse, loss, code = losses[-1], torch.stack(losses).mean(), on_planes(code, self.ranges)
         if auxiliary is not None:
             left_over, squares, _ = self.reconstruct(auxiliary, residual, W_dec, level)
+            if mesh.features > 1:
+                squares = mesh.sum_features(left_over).square().sum(1)
             torch.mul(left_over, self.cfg.aux_weight, out=planes[M])
             loss = loss + self.cfg.aux_weight * mesh.sum_rows(squares.sum()) / rows
             code = merged(code, auxiliary, M * len(x))
@@ -260,11 +267,13 @@ class SparseStep:
 
     def _auxiliary(self, x: Tensor, dead: Tensor | None) -> FeatureCode | None:
         """The entries of dead features that AuxK chooses; None where none is dead."""
-        if self.cfg.aux_k is None or dead is None or not bool(dead.any()):
+        if self.cfg.aux_k is None or dead is None:
             return None
         features = dead.nonzero().squeeze(1)
-        chosen = largest_of_rows(self.pieces(x, features), self.cfg.aux_k, len(features)).by_feature()
-        return spread(chosen, features, len(dead))
+        chosen = largest_of_rows(self.pieces(x, features), self.cfg.aux_k, len(features))
+        if self.mesh.features > 1:
+            chosen = largest_everywhere(chosen, self.cfg.aux_k, self.mesh)
+        return spread(chosen.by_feature(), features, len(dead))
 
     def _total(self, code: FeatureCode) -> Tensor:
         """Σ f, which only a penalty on f needs."""
@@ -307,7 +316,7 @@ class SparseStep:
         W_enc, bias = self.sae.W_enc.detach(), self.sae.encoder_bias().detach()
         if features is not None:
             W_enc, bias = W_enc[:, features], bias[features]
-        for chunk in x.split(max(1, PIECE_ENTRIES // len(bias))):
+        for chunk in x.split(max(1, PIECE_ENTRIES // max(1, len(bias)))):
             yield torch.addmm(bias, chunk, W_enc)
 
     def _fresh_screen(self) -> "Screen | CudaScreen":

@@ -76,7 +76,7 @@ class TrainState:
         """
         cfg, sae = self.cfg, self.sae
         weight, lr = sparsity_weight_at(cfg, self.step), lr_at(cfg, self.step)
-        dead = None if cfg.aux_k is None else self.silent_rows >= cfg.dead_after_rows
+        dead = self.helped()
         is_sparse = self.takes_a_sparse_step(len(x))
         if self.sparse is not None and is_sparse:
             terms = self.sparse.update(x, weight, lr, y, code, dead)
@@ -87,6 +87,21 @@ class TrainState:
         self._count(x if y is None else y, terms, is_sparse)
         if due(cfg, self.step):
             self._resample(x, x if y is None else y)
+
+    def helped(self) -> Tensor | None:
+        """The features [F] that AuxK helps in the coming step; None where there are none, here or in other processes'
+        parts. A function of `silent_rows` and the step. Synchronises."""
+        if self.cfg.aux_k is None:
+            return None
+        dead = self.silent_rows >= (self.cfg.aux_after_rows or self.cfg.dead_after_rows)
+        everywhere = self.mesh.join_features(dead.to(torch.uint8))
+        features = everywhere.nonzero().squeeze(1)
+        most = max(1, round(self.cfg.aux_part * len(everywhere)))
+        if len(features) > most:
+            features = features.roll(-(self.step * most % len(features)))[:most]
+            dead = torch.zeros_like(everywhere, dtype=torch.bool).index_fill_(0, features, True)
+            dead = dead[self.mesh.part(len(everywhere))]
+        return dead if len(features) else None
 
     def takes_a_sparse_step(self, rows: int) -> bool:
         """Whether the coming step on so many rows is a sparse one. Synchronises."""
