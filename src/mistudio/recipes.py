@@ -72,6 +72,8 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
     starts short, so that it turns fast, and thresholds where the code is nearly sparse, since the first steps of a code
     that is half full spoil it. A first moment lets the weights learn twice as fast in a few hundred steps, for a third
     more memory; β₂ is small because the first step of a feature that was silent for long is up to lr/√(1 - β₂).
+    Features that were silent for four batches are helped by AuxK, at most a sixteenth of all in a step, which bounds
+    what it costs: on rows of known features more of these are found, on activations of models FVU hardly changes.
     Thresholds and biases take a tenth of the weights' learning rate, else they are its limit; on wider activations than
     the bundled model's the weights' is smaller (tried on widths from 128 to 512). Both warm-ups shrink with a shorter
     run (at 1,500 steps and above: 100 and 300 steps).
@@ -96,6 +98,10 @@ def quick(*, target_l0: float = 32.0, steps: int = 1500, batch_rows: int = 2048,
         log_threshold=False,
         b_dec_init="mean",
         seed=seed,
+        aux_k=32,
+        aux_weight=0.2,
+        aux_after_rows=4 * batch_rows,
+        aux_part=1 / 16,
         dead_after_rows=100 * batch_rows,
         log_every=25,
         checkpoint_every=250,
@@ -109,6 +115,9 @@ def topk(*, k: int = 32, steps: int = 1500, batch_rows: int = 2048, seed: int = 
         architecture="topk",
         k=k,
         aux_k=2 * k,
+        aux_weight=1 / 32,
+        aux_after_rows=None,
+        aux_part=1.0,
         sparsity="l0",
         sparsity_weight=0.0,
         target_l0=None,
@@ -126,6 +135,8 @@ def relu(*, l1_coefficient: float = 0.1, steps: int = 1500, batch_rows: int = 20
     return dataclasses.replace(
         quick(steps=steps, batch_rows=batch_rows, seed=seed),
         architecture="relu",
+        aux_k=None,
+        aux_after_rows=None,
         sparsity="l1",
         sparsity_weight=l1_coefficient,
         target_l0=None,
