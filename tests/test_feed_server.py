@@ -1,5 +1,6 @@
 """Feed servers: the local feed's batches, bit for bit, through kills, restarts and slices; and peers that mean harm."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -8,6 +9,7 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from faulty_server import FileServer
+from mistudio.config import to_dict
 from mistudio.errors import StoreError
 from mistudio.store import FeedOptions, Position, Store, StoreWriter, serve, wire
 from mistudio.store.connection import Connection, Patience
@@ -208,6 +211,38 @@ def test_a_server_that_hangs_is_left_and_the_one_in_its_place_goes_on(store):
             assert torch.equal(taken(served, 10), taken(store.feed(A, 40, seed=1), 10))
 
 
+ROWS = wire.AskRows(number=0, store="", sites=("a",), seed=0, epoch=0, bucket=0, start=0, rows=1)
+
+
+def test_requests_that_a_server_lost_are_made_again_and_those_it_has_are_not():
+    address = free_address()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server, ThreadPoolExecutor(1) as pool:
+        server.linger = 0
+        server.bind(address)
+
+        def next_request():
+            trainer, frame = server.recv_multipart()
+            return trainer, wire.read_request(frame)
+
+        def held(trainer, number):
+            load = wire.LoadIs(number=0, trainers=1, waiting=0, yours=number, bytes=0)
+            server.send_multipart([trainer, wire.header(load)])
+
+        with Connection(address, None, LASTING) as link:
+            numbers = [link.ask(ROWS), link.ask(ROWS)]
+            answer = pool.submit(lambda: [link.answer(number) for number in numbers])
+            assert [next_request()[1].number for _ in numbers] == numbers
+            trainer, probe = next_request()
+            assert isinstance(probe, wire.AskLoad)
+            held(trainer, 2)
+            assert isinstance(next_request()[1], wire.AskLoad)  # it waited, and asked for another sign of life
+            held(trainer, 1)
+            assert [next_request()[1].number for _ in numbers] == numbers
+            for number in numbers:
+                server.send_multipart([trainer, wire.header(wire.RowsAre(number=number))])
+            assert [head.number for head, _ in answer.result()] == numbers
+
+
 def test_a_server_that_never_comes_is_given_up_in_a_sentence_after_some_that_say_so(caplog):
     address = free_address()
     with caplog.at_level(logging.WARNING, logger="mistudio"), pytest.raises(StoreError) as caught:
@@ -244,6 +279,18 @@ def slow_server(store: Store):
             yield slow, server
         finally:
             slow.may.set()
+
+
+def test_a_server_says_how_many_requests_of_a_trainer_it_has(store):
+    digest = hashlib.sha256(json.dumps(to_dict(store.manifest)).encode()).hexdigest()
+    with slow_server(store) as (slow, server), Connection(server.address, None, LASTING) as link:
+        numbers = [link.ask(replace(ROWS, store=digest, sites=(A,))) for _ in range(3)]
+        with Connection(server.address, None, LASTING) as other:
+            assert other.answer(other.ask(wire.AskLoad(number=0)))[0].yours == 0
+        load, _ = link.answer(link.ask(wire.AskLoad(number=0)))
+        assert (load.yours, load.waiting) == (3, 3)
+        slow.may.set()
+        assert [link.answer(number)[0].number for number in numbers] == numbers
 
 
 def test_a_slow_server_is_waited_for_and_others_hear_from_it(store, monkeypatch):
@@ -402,7 +449,7 @@ def ask(server: FeedServer, **changes) -> wire.AskRows:
         ([b"{}", b"more"], "A request is 1 frame, not 2"),
         ([b"x"] * 2000, "not 2000"),
         ([wire.header(wire.RowsAre(number=1))], "kind 'rows' is unknown"),
-        ([wire.header(wire.AskLoad(number=1)).replace(b'"version": 1', b'"version": 9')], "version 9 of the feed"),
+        ([wire.header(wire.AskLoad(number=1)).replace(b'"version": 2', b'"version": 9')], "version 9 of the feed"),
     ],
 )
 def test_messages_that_are_none_get_a_sentence_and_the_server_goes_on(store, far, peer, frames, says):
@@ -507,7 +554,7 @@ def test_a_server_of_another_kind_or_version_gets_a_sentence(store):
         manifest = json.dumps({"format": "mistudio-store", "version": 99}).encode()
         for frames, says in (
             ([b"hello"], "no message of a feed"),
-            ([is_.replace(b'"version": 1', b'"version": 3')], "version 3 of the feed protocol"),
+            ([is_.replace(b'"version": 2', b'"version": 3')], "version 3 of the feed protocol"),
             ([is_], "does not say what it serves"),
             ([is_, b"{"], "is not valid JSON"),
             ([is_, manifest], "version 99"),

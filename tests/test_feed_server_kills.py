@@ -40,16 +40,21 @@ def test_a_server_killed_at_fifty_moments_loses_and_repeats_no_row(store):
     address, draw = free_address(), random.Random(0)
     command = [sys.executable, "-c", FORKING, str(store.path), address]
     served, expected = None, store.feed(A, 11, seed=4)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forking:
-        for _ in range(KILLS):
-            print("start", file=forking.stdin, flush=True)
-            server = int(forking.stdout.readline())
-            if served is None:
-                served = ServedStore.connect(address, patience=LASTING).feed(A, 11, seed=4, how=FeedOptions(prefetch=0))
-            count = draw.randrange(3 * wire.CREDIT)  # up to three times as many as may have come already
-            for _ in range(count):
-                assert torch.equal(next(served), next(expected))
-            os.kill(server, signal.SIGKILL)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as forking:
+        try:
+            for _ in range(KILLS):
+                print("start", file=forking.stdin, flush=True)
+                server = int(forking.stdout.readline())
+                if served is None:
+                    how = FeedOptions(prefetch=0)
+                    served = ServedStore.connect(address, patience=LASTING).feed(A, 11, seed=4, how=how)
+                count = draw.randrange(3 * wire.CREDIT)  # up to three times as many as may have come already
+                for _ in range(count):
+                    assert torch.equal(next(served), next(expected))
+                os.kill(server, signal.SIGKILL)
+        finally:
+            os.killpg(forking.pid, signal.SIGKILL)
         assert served.state() == expected.state()
         assert served.position.epoch >= 10
 

@@ -38,7 +38,7 @@ def sentence(frame: bytes, read=wire.read_request) -> str | None:
         wire.AskLoad(number=2),
         ROWS,
         wire.StoreIs(number=3, first_bucket=0, end_bucket=9),
-        wire.LoadIs(number=4, trainers=1, waiting=0, bytes=2**50),
+        wire.LoadIs(number=4, trainers=1, waiting=0, yours=0, bytes=2**50),
         wire.RowsAre(number=5),
         wire.Refusal(number=None, message="no"),
     ],
@@ -104,7 +104,7 @@ def test_nested_long_and_broken_json_gets_a_sentence(frame):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "version 2 of the feed protocol, this one 1. Use the same mistudio"),
+        ({"version": 1}, "version 1 of the feed protocol, this one 2. Use the same mistudio"),
         ({"version": True}, "version True"),
         ({"protocol": "http"}, "no message of a feed"),
         ({"kind": "shutdown"}, "kind 'shutdown' is unknown; the kinds are store"),

@@ -58,6 +58,7 @@ class Connection:
         self.address = address
         self._key, self._patience = key, patience
         self._asked: dict[int, bytes] = {}  # number -> header of what has no answer yet
+        self._probed: frozenset[int] = frozenset()  # what had no answer when a sign of life was asked for
         self._answers: dict[int, tuple[wire.Answer, list[memoryview]]] = {}
         self._number = 0
         self._broken = 0  # handshakes that failed, one after the other
@@ -90,6 +91,7 @@ class Connection:
             if waited.time_to_reconnect:
                 self._reopen()
             elif waited.time_to_ask and self._ready:
+                self._probed = frozenset(self._asked)
                 self._socket.send(wire.header(wire.AskLoad(number=0)))
         return self._answers.pop(number)
 
@@ -151,16 +153,23 @@ class Connection:
             raise StoreError(f"{self.address}: {error}") from error
         if isinstance(head, wire.Refusal):
             raise StoreError(f"{self.address} refuses: {head.message}")
+        if isinstance(head, wire.LoadIs) and head.yours < len(self._probed & self._asked.keys()):
+            self._ask_all_again()
         if head.number in self._asked:
             del self._asked[head.number]
             self._answers[head.number] = head, [frame.buffer for frame in frames[1:]]
+
+    def _ask_all_again(self) -> None:
+        """What has no answer; should one come twice, the second is left aside."""
+        self._probed = frozenset()
+        for header in self._asked.values():
+            self._socket.send(header)
 
     def _watch(self, event: int) -> None:
         """What became of the connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._ready, self._broken = True, 0
-            for header in self._asked.values():
-                self._socket.send(header)
+            self._ask_all_again()
             return
         self._ready = self._alive = False
         self._broken += event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class FeedServer:
         self._turns: deque[bytes] = deque()  # trainers with something waiting
         self._seen: dict[bytes, float] = {}  # when each last asked
         self._jobs: queue.SimpleQueue[tuple[bytes, wire.AskRows] | None] = queue.SimpleQueue()
-        self._reading = 0
+        self._reading: Counter[bytes] = Counter()  # of each trainer, what threads have in hand
         self._open()
 
     def run(self) -> None:
@@ -183,7 +183,7 @@ class FeedServer:
         except MistudioError as error:
             return self._send(trainer, [wire.refusal(str(error))])
         if isinstance(request, wire.AskLoad):
-            return self._send(trainer, [wire.header(self._load(request.number))])
+            return self._send(trainer, [wire.header(self._load(request.number, trainer))])
         if isinstance(request, wire.AskStore):
             is_ = wire.StoreIs(number=request.number, first_bucket=self.buckets.start, end_bucket=self.buckets.stop)
             means = [self.store.mean(site).numpy().astype("<f4") for site in self.store.sites]
@@ -218,11 +218,11 @@ class FeedServer:
 
     def _hand_out(self) -> None:
         """Every thread that is free has a request, the trainers taking turns."""
-        while self._turns and self._reading < self.how.readers:
+        while self._turns and self._reading.total() < self.how.readers:
             trainer = self._turns.popleft()
             waiting = self._waiting[trainer]
             self._jobs.put((trainer, waiting.popleft()))
-            self._reading += 1
+            self._reading[trainer] += 1
             if waiting:
                 self._turns.append(trainer)
             else:
@@ -277,7 +277,7 @@ class FeedServer:
         trainer, *frames = self._done.recv_multipart(copy=False)
         if not frames:
             return False
-        self._reading -= 1
+        self._reading -= Counter([trainer.bytes])
         size = sum(len(frame) for frame in frames[1:])
         if self._send(trainer.bytes, frames):
             self.bytes += size
@@ -303,12 +303,13 @@ class FeedServer:
         if len(self._seen) < TRAINERS_MOST:
             self._seen[trainer] = now
 
-    def _load(self, number: int) -> wire.LoadIs:
+    def _load(self, number: int, trainer: bytes) -> wire.LoadIs:
         now = time.monotonic()
         return wire.LoadIs(
             number=number,
             trainers=sum(now - when < _RECENT_S for when in self._seen.values()),
-            waiting=sum(map(len, self._waiting.values())) + self._reading,
+            waiting=sum(map(len, self._waiting.values())) + self._reading.total(),
+            yours=len(self._waiting.get(trainer, ())) + self._reading[trainer],
             bytes=self.bytes,
         )
 

@@ -16,7 +16,7 @@ from mistudio.store.dtypes import site_row_bytes
 from mistudio.store.order import check_seed
 
 PROTOCOL: Final = "mistudio-feed"
-VERSION: Final = 1
+VERSION: Final = 2
 HEADER_BYTES: Final = 16_384
 """A longer header is refused; a server drops the connection before it has taken it in."""
 PIECE_BYTES: Final = 8 << 20
@@ -97,6 +97,9 @@ class LoadIs:
     """Connections that asked for something in the last minute."""
     waiting: int
     """Requests that wait."""
+    yours: int
+    """Requests for rows that came on this connection and have no answer yet. Where the trainer knows of more, they were
+    lost, and it asks again."""
     bytes: int
     """Bytes of rows sent since the server was started."""
 
