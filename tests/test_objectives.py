@@ -633,7 +633,7 @@ def test_gradients_longer_than_clip_norm_are_shortened_and_others_are_not():
         ({"clip_norm": 1.0, "micro_features": 8}, "clip_norm needs all features at once; leave micro_features out"),
         ({"micro_features": 0}, "micro_features must be at least 1"),
         ({"micro_rows": 0}, "micro_rows must be at least 1"),
-        ({"frequency_weight": -1.0}, "frequency_weight must be a number from 0 to 1e+30"),
+        ({"frequency_weight": -1.0}, "frequency_weight must be a number from 0 to"),
         ({"frequency_limit": 1.0}, "frequency_limit must be between 0 and 1"),
     ],
 )
