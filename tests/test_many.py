@@ -320,7 +320,7 @@ def test_a_sweep_over_sites_gives_each_a_folder_and_the_bits_of_its_run_alone(tm
         ([], "Say how many features: --width, or --sweep.width"),
         (["--width", "8", "--sweep.width", "8", "16"], "Give --width or --sweep.width, not both"),
         (["--sweep.width", "8", "8"], "sweep.width has a value twice: 8, 8"),
-        (["--width", "8", "--sweep.lr", "0.1", "-1"], "lr must be a positive number, not -1.0"),
+        (["--width", "8", "--sweep.lr", "0.1", "-1"], "lr must be a positive number up to 1e+30, not -1.0"),
     ],
 )
 def test_sweeps_that_cannot_be_are_refused(tmp_path, store, capsys, flags, message):

@@ -11,7 +11,7 @@ from mistudio.errors import ConfigError, TrainError
 from mistudio.hub.formats import native
 from mistudio.sae import BatchTopKSAE, JumpReLUSAE, ReLUSAE, SAEConfig, TopKSAE, Transcoder, TranscoderConfig
 from mistudio.store import Store
-from mistudio.train import TrainConfig, initial_sae, train
+from mistudio.train import initial_sae, train
 from mistudio.train.blocked import blocked_update
 from mistudio.train.loss import loss, loss_and_gradients
 from mistudio.train.objectives import objective_of
@@ -23,27 +23,27 @@ from mistudio.train.state import TrainState
 from test_store import A as SITE
 from test_store import B as SITE_OUT
 from test_store import make
-from tiny_training import Source, adam_of, dense_step, feature_major, files, normal_rows, parameters, same_bits
+from tiny_training import (
+    SPARSE_RUN,
+    B,
+    D,
+    F,
+    Source,
+    adam_of,
+    dense_step,
+    feature_major,
+    files,
+    normal_rows,
+    parameters,
+    same_bits,
+)
 
 pytest.importorskip("numba")
 
-D, E, F, B = 12, 9, 40, 24
+E = 9
 SAE = SAEConfig(d_model=D, d_sae=F, scale=1.5, hook_name="layers.1.resid_post", hook_layer=1)
 CODER = TranscoderConfig(d_model=D, d_out=E, d_sae=F, scale=1.5, scale_out=0.5, hook_name="layers.1.resid_mid")
-JUMPRELU = TrainConfig(
-    steps=12,
-    batch_rows=B,
-    sparsity_weight=0.3,
-    sparsity_warmup_steps=0,
-    lr=1e-2,
-    lr_warmup_steps=0,
-    bandwidth=0.2,
-    threshold_init=0.3,
-    log_threshold=False,
-    log_every=5,
-    checkpoint_every=5,
-    dead_after_rows=3 * B,
-)
+JUMPRELU = replace(SPARSE_RUN, steps=12, engine="auto", log_every=5, checkpoint_every=5, dead_after_rows=3 * B)
 RELU = replace(JUMPRELU, architecture="relu", sparsity="l1")
 TOPK = replace(JUMPRELU, architecture="topk", sparsity_weight=0.0, k=4)
 BATCHTOPK = replace(TOPK, architecture="batchtopk")

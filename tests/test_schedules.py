@@ -45,6 +45,7 @@ def test_a_run_shorter_than_its_warm_ups_is_warned_about():
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"lr": 0.0}, "lr must be a positive number"),
+        ({"lr": 1e300}, "lr must be a positive number up to"),
         ({"bandwidth": math.nan}, "bandwidth must be a positive number"),
         ({"lr_decay_fraction": 1.5}, "lr_decay_fraction must be between 0 and 1"),
         ({"sparsity_weight": -1.0}, "sparsity_weight"),

@@ -163,7 +163,7 @@ class TrainConfig:
             ("bandwidth", self.bandwidth),
             ("threshold_init", self.threshold_init),
         ):
-            _check(name, size, 0 < size < math.inf, "a positive number")
+            _check(name, size, 0 < size <= LARGEST, f"a positive number up to {LARGEST:g}")
         for name, size in (("sparsity_weight", self.sparsity_weight), ("frequency_weight", self.frequency_weight)):
             _check(name, size, 0 <= size <= LARGEST, f"a number from 0 to {LARGEST:g}")
         _check("frequency_limit", self.frequency_limit, 0 < self.frequency_limit < 1, "between 0 and 1")
