@@ -665,3 +665,19 @@ def test_targets_that_are_not_normalised_are_refused():
     source = ((x, 9 * y) for x, y in sources(CODER))
     with pytest.raises(TrainError, match=r"the target's mean \|y\|\^2 = .*expected 1"):
         train(initial_sae(CODER, JUMPRELU), source, JUMPRELU)
+
+
+@pytest.mark.parametrize("helped", [5, 7, 11])
+def test_a_dense_step_that_helps_a_few_features_has_the_same_bits_with_any_number_of_threads(helped):
+    cfg = replace(JUMPRELU, engine="dense", batch_rows=700, aux_k=4, aux_after_rows=1)
+    saes = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            state = TrainState(initial_sae(SAEConfig(d_model=192, d_sae=256, scale=1.0), cfg), cfg)
+            state.silent_rows[:helped] = 1
+            state.update(normal_rows(0, 700, 192))
+        finally:
+            torch.set_num_threads(1)
+        saes.append(state.sae)
+    assert same_bits(*saes)
