@@ -274,6 +274,26 @@ def test_a_shard_cut_while_it_is_mapped_is_named_and_does_not_end_the_process(tm
     assert re.search(rf"{A}/00000\.safetensors has 300 bytes, but had .* when reading it began", child.stdout)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's leases")
+def test_a_shard_cannot_be_cut_while_its_rows_are_taken_by_any_of_several_readers(tmp_path):
+    """Who does not want to wait is told so. The signal that tells us of it ends nothing."""
+    store = make(tmp_path / "s")
+    mapped = store.mapped(A, 0)["rows"]
+
+    def to_write() -> None:
+        os.close(os.open(mapped.shard.path, os.O_WRONLY | os.O_NONBLOCK))
+
+    with mapped.uncut():
+        with mapped.uncut():
+            pass
+        with pytest.raises(BlockingIOError):
+            to_write()
+    to_write()
+    os.truncate(mapped.shard.path, 300)
+    with pytest.raises(StoreError, match="has 300 bytes, but had"), mapped.uncut():
+        pass
+
+
 def test_a_shard_that_is_replaced_between_epochs_is_checked_again(tmp_path):
     store = make(tmp_path / "s", rows=60, bucket_rows=30)
     feed = store.feed(A, 60, seed=0, how=FeedOptions(prefetch=0))

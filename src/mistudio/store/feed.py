@@ -8,6 +8,7 @@ made ahead. With `world` trainers, rank r gets the r-th part of each batch that 
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -212,17 +213,18 @@ class _Rows:
     def fill(self, out: list[np.ndarray]) -> int:
         """Copies as many rows, over C, to the heads of `out` as the present bucket still has, and says how many.
 
-        StoreError: a shard of it was cut since it was mapped (`Mapped.refuse_cut`).
+        StoreError: a shard of it was cut since it was mapped (`Mapped.uncut`).
         """
         if not len(self._ahead):
             self._enter_bucket()
         chosen = self._ahead[: len(out[0])]
         dtype = self.store.manifest.dtype
         for mapped, scale, values in zip(self._mapped, self._scales, out, strict=True):
-            for of_tensor in mapped.values():
-                of_tensor.refuse_cut()
             stored = {tensor: of_tensor.rows for tensor, of_tensor in mapped.items()}
-            gather(stored, dtype, chosen, scale, values[: len(chosen)], self.threads)
+            with ExitStack() as uncut:
+                for of_tensor in mapped.values():
+                    uncut.enter_context(of_tensor.uncut())
+                gather(stored, dtype, chosen, scale, values[: len(chosen)], self.threads)
         self._advance(len(chosen))
         return len(chosen)
 

@@ -261,11 +261,11 @@ class FeedServer:
     def _taken(self, mapped: Mapped, chosen: np.ndarray) -> np.ndarray:
         """The chosen rows. StoreError: the shard was cut; one put in its place will be looked at the next time."""
         try:
-            mapped.refuse_cut()
+            with mapped.uncut():
+                return np.take(mapped.rows, chosen, axis=0)
         except StoreError:
             self._mapped.cache_clear()
             raise
-        return np.take(mapped.rows, chosen, axis=0)
 
     def _next_bucket(self, ask: wire.AskRows) -> list[int]:
         """The bucket of this server that the epoch comes to next, if any."""

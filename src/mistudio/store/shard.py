@@ -14,7 +14,8 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ import numpy as np
 from mistudio.errors import StoreError
 from mistudio.store.checksum import Hash, difference, new_hash
 from mistudio.store.dtypes import ROW_SCALE, ROWS, TENSORS
+from mistudio.store.lease import Lease
 
 PREFIX_BYTES: Final = 256  # 8 bytes of header length, then the header
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -137,11 +139,12 @@ class Shard:
             while place < end:
                 size = min(end - place, _READ_AT_ONCE)
                 if mapped is not None and _is_cached(file.fileno(), place, size):
-                    mapped.refuse_cut()
-                    piece = memoryview(mapped.file)[place : place + size]
-                else:
-                    file.seek(place)
-                    piece = buffer[: file.readinto(buffer[:size])]
+                    with mapped.uncut():
+                        found.update(memoryview(mapped.file)[place : place + size])
+                    place += size
+                    continue
+                file.seek(place)
+                piece = buffer[: file.readinto(buffer[:size])]
                 if not piece:
                     break
                 found.update(piece)
@@ -176,8 +179,9 @@ class Shard:
                 expected = self.prefix(rows)[8:].decode().strip()
                 raise StoreError(f"{self.path} has the header {shown!r}; expected {expected!r}. {_DAMAGED}")
             mapped = mmap.mmap(file.fileno(), self.total_bytes(rows), access=mmap.ACCESS_READ)
+            lease = Lease(file.fileno())
         flat = np.frombuffer(mapped, _DTYPES[self.dtype], offset=PREFIX_BYTES)
-        return Mapped(shard=self, rows=flat.reshape(rows, self.width), file=mapped)
+        return Mapped(shard=self, rows=flat.reshape(rows, self.width), file=mapped, lease=lease)
 
     def prefix(self, rows: int) -> bytes:
         """The file's first `PREFIX_BYTES` bytes when it has `rows` rows."""
@@ -202,20 +206,23 @@ class Mapped:
     rows: np.ndarray
     """The tensor [rows, width], read-only."""
     file: mmap.mmap
+    lease: Lease
 
-    def refuse_cut(self) -> None:
-        """Nothing. StoreError: the file has another size than when it was mapped; one system call.
+    @contextmanager
+    def uncut(self) -> Iterator[None]:
+        """A block in which the rows can be read. StoreError: the file has another size than when it was mapped.
 
-        Reading rows that the file has lost would end the process (SIGBUS). To be called before rows are read: a file
-        that shrinks while they are being read, a few milliseconds for a batch, still does that. A file that was
-        removed, or replaced by another of its name, can be read to the end.
+        Reading rows that the file has lost would end the process. In the block it can lose none (`Lease`), which costs
+        five system calls. A file that was removed, or replaced by another of its name, can be read to the end.
         """
-        found, expected = self.file.size(), self.shard.total_bytes(len(self.rows))
-        if found != expected:
-            raise StoreError(
-                f"{self.shard.path} has {found:,} bytes, but had {expected:,} when reading it began: it was changed "
-                f"meanwhile. {_DAMAGED}"
-            )
+        with self.lease:
+            found, expected = self.file.size(), self.shard.total_bytes(len(self.rows))
+            if found != expected:
+                raise StoreError(
+                    f"{self.shard.path} has {found:,} bytes, but had {expected:,} when reading it began: it was "
+                    f"changed meanwhile. {_DAMAGED}"
+                )
+            yield
 
 
 _DAMAGED: Final = "The store is damaged or mixed with another one; copy it again or collect it again."
