@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub
-from transformers import BertConfig, BertLMHeadModel, Gemma2ForCausalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertLMHeadModel, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from mistudio.errors import EditError, ModelError
 from mistudio.lm import LanguageModel, Site, load
+from mistudio.lm.tokens import token_ids
 from tiny_models import gpt2_tokenizer, tiny_gemma2, tiny_lm, tiny_tokenizer
 
 TOKENS = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -240,6 +243,31 @@ def test_a_tokenizer_without_bos_begins_with_end_of_text():
     assert (lm.bos_id, lm.eos_id, lm.pad_id) == (0, 0, 0)
     assert lm.special_ids == {0}
     assert lm.to_tokens("<|endoftext|>a<|endoftext|>b") == [0, *lm.to_tokens("a")[1:], 0, *lm.to_tokens("b")[1:]]
+
+
+class Own(PreTrainedTokenizerFast):
+    """A tokenizer whose class changes ids, as Code Llama's."""
+
+    def _encode_plus(self, *args, **kwargs):
+        found = super()._encode_plus(*args, **kwargs)
+        found["input_ids"] = [ids[::-1] for ids in found["input_ids"]]
+        return found
+
+
+@pytest.mark.parametrize("made", ["as it is", "cut and padded", "special tokens as text", "of a class of its own"])
+@given(texts=st.lists(st.text() | st.sampled_from(["<bos>a <eos>", " a  b", "x" * 500]), max_size=4))
+@settings(max_examples=25)
+def test_ids_are_those_of_the_tokenizers_own_call(made, texts):
+    tokenizer = tiny_tokenizer()
+    if made == "cut and padded":
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding()
+    elif made == "special tokens as text":
+        tokenizer.split_special_tokens = True
+    elif made == "of a class of its own":
+        tokenizer = Own(tokenizer_object=tokenizer.backend_tokenizer)
+    found = token_ids(tokenizer, texts)
+    assert found == (tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
 
 
 def test_special_positions_are_bos_eos_and_pad(lm):

@@ -22,6 +22,7 @@ from mistudio.lm.load import attention_for, load_model
 from mistudio.lm.shape import shape_of
 from mistudio.lm.site import Site
 from mistudio.lm.stream import TextStream
+from mistudio.lm.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,8 +155,7 @@ class LanguageModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text without BOS; where BOS is EOS too (GPT-2), only leading ones are dropped."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return [self._without_bos(ids) for ids in encoded]
+        return [self._without_bos(ids) if self.bos_id in ids else ids for ids in token_ids(self.tokenizer, texts)]
 
     def to_text(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS, EOS and PAD are left out."""

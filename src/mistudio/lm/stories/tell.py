@@ -103,13 +103,15 @@ class Teller:
         self.filled = {key: self.filled[key] for key in ("place", "creature", "adj") if key in self.filled}
 
     def _fill(self, template: str) -> str:
-        while CHOICE.search(template):
-            template = CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), template)
-        text = SLOT.sub(self._slot, template)
-        if SLOT.search(text):  # a mishap holds slots of its own
+        text = template
+        while "[" in text:
+            text = CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), text)
+        while "{" in text:  # a mishap holds slots of its own
             text = SLOT.sub(self._slot, text)
-        text = VERB.sub(self._verb, text.replace("<be!>", "is"))
-        text = ARTICLE.sub(lambda m: f"{m[1]}n " if m[2] in "aeiouAEIOU" else f"{m[1]} ", text)
+        if "<" in text:
+            text = VERB.sub(self._verb, text.replace("<be!>", "is"))
+        if "* " in text:
+            text = ARTICLE.sub(lambda m: f"{m[1]}n " if m[2] in "aeiouAEIOU" else f"{m[1]} ", text)
         return text[0].upper() + text[1:]
 
     def _verb(self, match: re.Match[str]) -> str:
