@@ -7,7 +7,7 @@ import mistudio
 
 PACKAGE = Path(mistudio.__file__).parent
 ROWS = (
-    {"errors", "config", "files", "progress", "mesh"},
+    {"errors", "config", "files", "progress", "mesh", "pages"},
     {"lm", "store", "sae", "metrics"},
     {"hub"},
     {"collect", "train", "evaluate", "features", "steer"},

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from mistudio.pages import empty
 from mistudio.store import order
 from mistudio.store.dtypes import ROW_SCALE, ROWS, decode
 
@@ -110,19 +111,9 @@ class Batches:
                 return torch.from_numpy(self._made[number])
         if len(self._made) == self._most:
             return torch.empty(self._shape)
-        self._made.append(_aligned(*self._shape))
+        self._made.append(empty(self._shape, torch.float32).numpy())
         self._idle = sys.getrefcount(self._made[-1])
         return torch.from_numpy(self._made[-1])
-
-
-def _aligned(rows: int, width: int) -> Float32[np.ndarray, "B D"]:
-    """Memory that begins with a cache line, as torch's does: the bits of products may depend on it.
-
-    NumPy asks the system for large pages, which torch does not: that saves half of what a feed's first batches cost.
-    """
-    numbers = np.empty(rows * width + 15, dtype=np.float32)
-    first = -numbers.ctypes.data % 64 // 4
-    return numbers[first : first + rows * width].reshape(rows, width)
 
 
 @functools.cache

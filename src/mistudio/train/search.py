@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mistudio.pages import empty
 from mistudio.sae.code import FeatureCode, pointers
 from mistudio.train import kernels, products, screen_kernels
 
@@ -77,7 +78,7 @@ class Batch:
         or more."""
         size, key = n * width * dtype.itemsize, (purpose, thread)
         if key not in self._memory or len(self._memory[key]) < size:
-            self._memory[key] = torch.empty(size, dtype=torch.uint8)
+            self._memory[key] = empty((size,), torch.uint8)
         return self._memory[key][:size].view(dtype).view(n, width)
 
     def tiles(self) -> Iterator[tuple[int, np.ndarray]]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mistudio.errors import TrainError
 from mistudio.mesh import SOLO, Mesh
+from mistudio.pages import empty
 from mistudio.sae.code import FeatureCode, select
 from mistudio.train import definition
 from mistudio.train.config import TrainConfig
@@ -235,7 +236,11 @@ class SparseStep:
     ) -> _Reconstruction:
         W_dec, M, mesh = self.sae.W_dec.detach(), len(self.ranges), self.mesh
         rows = len(x) * mesh.rows
-        residual = base_of(self.sae, x).detach() - y if mesh.feature_rank == 0 else torch.zeros_like(y)
+        residual = empty(tuple(y.shape), y.dtype) if y.device.type == "cpu" else torch.empty_like(y)
+        if mesh.feature_rank == 0:
+            torch.sub(base_of(self.sae, x).detach(), y, out=residual)
+        else:
+            residual.zero_()
         auxiliary = self._auxiliary(x, dead)
         if M == 1 and auxiliary is None:
             residual, squares, row_l0 = self.reconstruct(code, residual, W_dec, level)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mistudio.errors import TrainError
 from mistudio.mesh import SOLO, Mesh
+from mistudio.pages import in_large_pages
 from mistudio.sae import SAE
 from mistudio.sae.code import FeatureCode
 from mistudio.train.blocked import blocked_update
@@ -23,12 +24,15 @@ from mistudio.train.log import Metrics
 from mistudio.train.loss import Terms, loss_and_gradients
 from mistudio.train.objectives import Trainable, objective_of
 from mistudio.train.objectives.matryoshka import groups
-from mistudio.train.optimizer import SHARED, Adam, clip_factor, normalise_rows_, remove_parallel_
+from mistudio.train.optimizer import FEATURE_AXIS, SHARED, Adam, clip_factor, normalise_rows_, remove_parallel_
 from mistudio.train.resample import due, resample
 from mistudio.train.schedules import lr_at, sparsity_weight_at
 from mistudio.train.sparse import SparseStep, kernels_are_there, numba_is_there, pays
 from mistudio.train.start import first_threshold, whole_config
 from mistudio.train.watch import Watch
+
+CACHED_ROWS = 256
+"""Rows of a batch that are looked at together on a CPU, where a copy of all of them would leave the cache."""
 
 
 class TrainState:
@@ -50,6 +54,8 @@ class TrainState:
         matrix_lr = 1.0 if cfg.lr_width is None else math.sqrt(cfg.lr_width / sae.config.d_model)
         named = dict(sae.named_parameters())
         self.adam = Adam(named, cfg.beta2, cfg.adam_eps, cfg.vector_lr, cfg.beta1, matrix_lr)
+        if may_be_sparse:
+            in_large_pages(t for name in FEATURE_AXIS for t in self.adam.rows(name))
         self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if may_be_sparse else None
         in_a_row = sae.config.d_sae * mesh.features if cfg.k is None else min(cfg.k, sae.config.d_sae)
         self.entries = torch.full((), in_a_row * cfg.batch_rows, dtype=torch.float64, device=device)
@@ -146,7 +152,9 @@ class TrainState:
 
     def _count(self, y: Tensor, terms: Terms, is_sparse: bool) -> None:
         mean = self.mesh.mean_rows(y.mean(0))
-        variance = self.mesh.mean_rows(torch.linalg.vector_norm(y - mean, dim=1).square().mean())
+        some = y.split(CACHED_ROWS) if y.device.type == "cpu" else [y]
+        from_mean = torch.cat([torch.linalg.vector_norm(rows - mean, dim=1) for rows in some])
+        variance = self.mesh.mean_rows(from_mean.square().mean())
         batch = torch.stack((terms.loss, terms.mse, variance, terms.l0, torch.ones_like(variance))).double()
         self.sums += batch
         self.entries.copy_(terms.entries)
