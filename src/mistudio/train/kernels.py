@@ -4,6 +4,9 @@ Every kernel works on a range [lo, hi) of features or rows and writes to places 
 run on threads without locks, and the result does not depend on how many there are. `definition` says in plain torch
 what each one computes; sums here may be in another order. They release the interpreter lock; `in_ranges` runs them.
 
+Rows are gathered in an order that the processor cannot guess, so while one eight of them is added up it is told where
+the next lies.
+
 `fastmath` allows sums to be reordered, which makes them vector instructions; NaN and infinities keep their meaning.
 Compiled code is cached beside this file, where Python caches its own.
 """
@@ -16,12 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
     njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
 )
 
+LINES = 64
+"""Numbers of each row that are added up before as many of another are brought near."""
 UNIT = 128
 """Features whose part of a sum over features is taken together. Fixed, so that the sum does not depend on threads."""
 
@@ -91,14 +98,39 @@ def dots(M, eight, v, out):
     out[4], out[5], out[6], out[7] = s4, s5, s6, s7
 
 
+def _type_bring_near(_context: Any, place: Any) -> Any:
+    """The cache line at the address is read into the second-level cache; nothing where there is no such memory."""
+
+    def build(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(prefetch, [builder.inttoptr(args[0], pointer), number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(place), build
+
+
+_bring_near: Any = intrinsic(_type_bring_near)
+
+
 @compiled(inline="always")
-def _add_rows(out, c, M, eight):
-    """out += Σ_k c[k]·M[eight[k]]."""
+def _add_rows(out, c, M, eight, N, later):
+    """out += Σ_k c[k]·M[eight[k]]; meanwhile the rows N[later] are brought near, which are as long."""
     a0, a1, a2, a3 = M[eight[0]], M[eight[1]], M[eight[2]], M[eight[3]]
     a4, a5, a6, a7 = M[eight[4]], M[eight[5]], M[eight[6]], M[eight[7]]
     c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
     c4, c5, c6, c7 = c[4], c[5], c[6], c[7]
-    for d in range(out.size):
+    place, length = np.intp(N.ctypes.data), N.shape[1] * N.itemsize
+    whole = out.size // LINES
+    for some in range(whole):
+        for line in range(some * LINES * N.itemsize, (some + 1) * LINES * N.itemsize, 64):
+            for k in range(8):
+                _bring_near(place + later[k] * length + line)
+        for d in range(some * LINES, some * LINES + LINES):
+            first = c0 * a0[d] + c1 * a1[d] + c2 * a2[d] + c3 * a3[d]
+            out[d] += first + (c4 * a4[d] + c5 * a5[d] + c6 * a6[d] + c7 * a7[d])
+    for d in range(whole * LINES, out.size):
         first = c0 * a0[d] + c1 * a1[d] + c2 * a2[d] + c3 * a3[d]
         out[d] += first + (c4 * a4[d] + c5 * a5[d] + c6 * a6[d] + c7 * a7[d])
 
@@ -131,17 +163,18 @@ def by_row(values, rows, feature_ptr, n_rows):
 @compiled()
 def reconstruct(residual, W_dec, threshold, values, features, row_ptr, lo, hi, squares, row_l0):
     """residual += Σ z·W_dec[j] over active entries, its squared norms and row_l0, of the rows [lo, hi)."""
-    eight, z = np.empty(8, np.int32), np.empty(8, residual.dtype)
+    eight, later, z = np.empty(8, np.int32), np.empty(8, np.int32), np.empty(8, residual.dtype)
     for b in range(lo, hi):
         out, active, end = residual[b], 0, row_ptr[b + 1]
         for start in range(row_ptr[b], end, 8):
             take_eight(eight, features, start, end)
+            take_eight(later, features, min(start + 8, end), features.size)
             z[:] = 0
             for k in range(min(8, end - start)):
                 if not values[start + k] <= threshold[eight[k]]:
                     z[k] = values[start + k]
                     active += 1
-            _add_rows(out, z, W_dec, eight)
+            _add_rows(out, z, W_dec, eight, W_dec, later)
         squares[b], row_l0[b] = dot(out, out), active
 
 
@@ -203,7 +236,14 @@ def apply_rows(features, g_enc, g_dec, encoder, decoder, decay, step, lo, hi):
 @compiled()
 def _scratch(W_dec):
     """Memory for eight entries at a time: new arrays for each feature would take as long as a few entries."""
-    return np.empty(8, np.int32), np.empty(8, W_dec.dtype), np.empty(8, W_dec.dtype), np.empty(8, W_dec.dtype)
+    return (
+        np.empty(8, np.int32),
+        np.empty(8, np.int32),
+        np.empty(8, np.int32),
+        np.empty(8, W_dec.dtype),
+        np.empty(8, W_dec.dtype),
+        np.empty(8, W_dec.dtype),
+    )
 
 
 @compiled()
@@ -214,7 +254,7 @@ def _gradients(
     values, rows, feature_ptr = code
     x, residual = batch
     half, scale, bonus = numbers
-    eight, d_f, z_on, d_f_on = scratch
+    eight, eight_x, later, d_f, z_on, d_f_on = scratch
     g_enc[:] = 0
     g_dec[:] = 0
     end = feature_ptr[j + 1]
@@ -235,10 +275,11 @@ def _gradients(
                 sums[0] += gradient
                 active += 1
         if active:
-            _add_rows(g_dec, z_on, residual, eight)
             for k in range(8):
-                eight[k] %= price.size
-            _add_rows(g_enc, d_f_on, x, eight)
+                eight_x[k] = eight[k] % price.size
+            take_eight(later, rows, min(start + 8, end), rows.size)
+            _add_rows(g_dec, z_on, residual, eight, x, eight_x)
+            _add_rows(g_enc, d_f_on, x, eight_x, residual, later)
             sums[3] += active
     if centred and sums[3] > 0:
         for d in range(w_enc.size):
