@@ -6,8 +6,9 @@ Reading: bytes a second of `store.feed` / those of a plain sequential read of th
 page cache. Cold: they were dropped from it (posix_fadvise) before each reading. First: a new feed of a store that was
 just opened, which checks every shard. Again: warm, a feed that has read an epoch goes on, with the batches it had made
 ahead taken before the clock runs; cold, a new feed of a store that was read before. Feeds read whole batches only, and
-their time is scaled to all rows. Before a cold read, memory for it is taken and given back: a virtual machine returns
-what is free to its host, and a plain read into memory that must come from the host again was half as fast.
+their time is scaled to all rows. Before a cold read, and before a store is written, memory for it is taken and given
+back: a virtual machine returns what is free to its host, and a plain read into memory that must come from the host
+again was half as fast.
 
 The plain read takes 4 MiB at a time into one buffer and does nothing with it; a second one ("into batches") reads into
 memory of the size of a batch, three in turn, as anybody who hands the rows on must. "Copy": as many threads as the feed
@@ -84,7 +85,7 @@ def shards(store: Store) -> list[Path]:
 def drop(store: Store, *, was_read: bool) -> None:
     """The files are not in the page cache, and there is memory at hand for them and for batches."""
     gc.collect()  # a file that is mapped stays in it
-    np.ones(2 * sum(path.stat().st_size for path in shards(store)), dtype=np.uint8)
+    fetch_memory(2 * sum(path.stat().st_size for path in shards(store)))
     if was_read:
         for bucket in range(len(store.manifest.bucket_sizes)):
             store.mapped(SITE, bucket)["rows"].file.madvise(mmap.MADV_DONTNEED)
@@ -94,6 +95,11 @@ def drop(store: Store, *, was_read: bool) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             if cached := pages_cached(file):
                 sys.exit(f"{cached:,} pages of {path} stay in the page cache: something has it mapped.")
+
+
+def fetch_memory(size: int) -> None:
+    """So many bytes are free without asking a virtual machine's host for them."""
+    np.ones(size, dtype=np.uint8)
 
 
 def pages_cached(file: BinaryIO) -> int:
@@ -258,6 +264,7 @@ def measure_writing(folder: Path, args: argparse.Namespace) -> None:
         found = {}
         for buckets in (args.buckets, 1) if number % 2 else (1, args.buckets):
             place = folder / f"written{number}_{buckets}"
+            fetch_memory(2 * args.rows * args.width * 4)
             found[buckets] = seconds(partial(written, place, args.rows, values, buckets))
             shutil.rmtree(place)
         ratios.append(found[args.buckets] / found[1])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mistudio.errors import ConfigError, StoreError
-from mistudio.store import Position, Store, StoreWriter, convert, shard, verify
+from mistudio.store import Position, Store, StoreWriter, convert, shard, statistics, verify, writer
 from mistudio.store.extend import bucket_rows_to_extend
+from mistudio.store.shard import Shard
 from mistudio.store.writer import make_plan
 
 A, B = "layers.3.resid_post", "layers.3.attn_z"
@@ -718,3 +720,33 @@ def test_the_bucket_size_for_more_rows_keeps_the_number_of_buckets(tmp_path, who
         bucket_rows_to_extend(tmp_path / "small", 31)
     with pytest.raises(StoreError, match="200 rows in 5 buckets; it cannot become one of 100 in 5"):
         StoreWriter.extend(whole, make_plan(**settings_of(100, 20)))
+
+
+@given(rows=st.integers(0, 200), width=st.integers(2, 20), seed=st.integers(0, 9))
+def test_sums_of_columns_have_the_same_bits_compiled_and_by_numpy_and_are_those_of_float64(rows, width, seed):
+    pytest.importorskip("numba")
+    values = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "WORTH_BYTES", 0)
+        loop = statistics.column_sums(values)
+        patch.setattr(statistics, "WORTH_BYTES", math.inf)
+        by_numpy = statistics.column_sums(values)
+    assert torch.equal(loop, by_numpy)
+    exact = torch.stack([values.double().sum(0), values.double().square().sum(0)])
+    torch.testing.assert_close(loop, exact, rtol=1e-13, atol=1e-10)
+
+
+def test_several_threads_write_the_same_files_as_one(tmp_path, monkeypatch):
+    one = digest(make(tmp_path / "one", rows=200, bucket_rows=20).path)
+    monkeypatch.setattr(writer, "WORTH_THREADS", 0)
+    assert digest(make(tmp_path / "several", rows=200, bucket_rows=20).path) == one
+    write_through = Shard.write
+
+    def full(shard, row, left):
+        if "00003" in shard.path.name:
+            raise StoreError("the disk is full")
+        write_through(shard, row, left)
+
+    monkeypatch.setattr(Shard, "write", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        make(tmp_path / "full", rows=200, bucket_rows=20)

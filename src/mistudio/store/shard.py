@@ -9,6 +9,7 @@ first, in order and in large pieces, which is also how its checksum is worked ou
 """
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -247,7 +248,12 @@ def _begin_writing(descriptor: int, start: int, size: int) -> None:
     An error of the disk is told by the next `fsync`, as without this.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE_ONLY)
+        _system_calls().sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE_ONLY)
+
+
+@functools.cache
+def _system_calls() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def site_shards(folder: Path, site: str, bucket: int, width: int, dtype: str) -> dict[str, Shard]:

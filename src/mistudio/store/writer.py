@@ -11,8 +11,9 @@ Checksums grow with the files, so that no row is read again for them; a resume r
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from mistudio.store.checksum import new_hash, written
 from mistudio.store.dtypes import RowDtype, encode, stored_values
 from mistudio.store.extend import MAY_GROW, reopen
 from mistudio.store.folder import entries, lock, refuse_occupied, refuse_small_disk, sync_folder, written_in
+from mistudio.store.gather import default_threads
 from mistudio.store.manifest import (
     FORMAT,
     VERSION,
@@ -43,6 +45,9 @@ from mistudio.store.outliers import Outliers
 from mistudio.store.reader import Store
 from mistudio.store.shard import Shard, bucket_shards, shard_name
 from mistudio.store.statistics import column_sums, read_sums, write_statistics
+
+WORTH_THREADS: Final = 4 << 20
+"""Bytes of a portion that is written by several threads, each to other files."""
 
 
 class StoreWriter:
@@ -279,14 +284,23 @@ class StoreWriter:
         order = np.argsort(buckets, kind="stable")
         counts = np.bincount(buckets, minlength=self.plan.n_buckets)
         starts = np.cumsum(counts) - counts
-        for bucket in counts.nonzero()[0].tolist():
+
+        def append(bucket: int) -> None:
             chosen = order[starts[bucket] : starts[bucket] + counts[bucket]]
             for name, shard in self._shards(bucket).items():
                 array = arrays[name]
                 data = shard.to_bytes(array if len(chosen) == len(array) else array[chosen])
                 shard.write(int(self.sizes[bucket]), data)
                 self._hashes[name][bucket].update(data)
-            self._touched.add(bucket)
+
+        touched = counts.nonzero()[0].tolist()
+        if len(touched) > 1 and sum(array.nbytes for array in arrays.values()) >= WORTH_THREADS:
+            with ThreadPoolExecutor(default_threads()) as pool:  # which waits for all, also where one fails
+                list(pool.map(append, touched))
+        else:
+            for bucket in touched:
+                append(bucket)
+        self._touched.update(touched)
         self.sizes += counts
 
     def _cut_back(self) -> None:
