@@ -1,6 +1,8 @@
 """The sparse step's operations: compiled = defined = dense in float64, for planes, windows, and widths that differ."""
 
 import math
+import os
+import signal
 import threading
 
 import pytest
@@ -263,3 +265,16 @@ def test_ranges_make_up_the_whole_and_begin_at_units(n):
             torch.set_num_threads(1)
         assert [i for lo, hi in ranges for i in range(lo, hi)] == list(range(n))
         assert all(lo % kernels.UNIT == 0 for lo, _ in ranges)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_works_on_threads_of_its_own(monkeypatch):
+    """It has none of its parent's, and waiting for those would never end."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ranges = kernels.in_ranges(lambda lo, hi: (lo, hi), 10_000)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(kernels.in_ranges(lambda lo, hi: (lo, hi), 10_000) != ranges)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

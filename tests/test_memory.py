@@ -50,6 +50,12 @@ def test_393216_features_of_2304_numbers_take_16_gb_sparsely_and_23_densely():
     assert round(on_gpu["the encoder's rounded copy"] / 1e9, 1) == 1.8
 
 
+def test_a_gpu_without_being_asked_takes_dense_steps_only():
+    cfg = replace(CFG, architecture="batchtopk", k=64, sparsity_weight=0.0)
+    for asked in (CFG, cfg):
+        assert training_bytes(WIDE, asked, GPU) == training_bytes(WIDE, replace(asked, engine="dense"), GPU)
+
+
 def test_a_million_features_fit_into_80_gb():
     assert total(replace(WIDE, d_sae=1 << 20), replace(CFG, engine="sparse"), GPU) < 80e9
     assert total(replace(WIDE, d_sae=1 << 20), replace(CFG, batch_rows=4096, micro_rows=256), GPU) < 80e9

@@ -103,7 +103,8 @@ class LanguageModel:
         """The activations at `read`, and the logits if asked for, in the model's dtype and on its device.
 
         Without logits the forward pass stops at the last site read, and the LM head never runs. Inside `editing`,
-        what is read is the edited value.
+        what is read is the edited value. ModelError: nothing is asked for, tokens are not rows [N, T] of at most the
+        model's context, or there is no such site. EditError: as `editing`.
         """
         wanted = list(dict.fromkeys(read))
         if not wanted and not logits:

@@ -54,7 +54,7 @@ class Mirror:
         return manifest_of(self._manifest, self.remote.path("manifest.json"))
 
     def read(self, name: str) -> bytes:
-        """As `Folder.read`."""
+        """As `Folder.read`. StoreError: the server has no such file, does not answer or refuses."""
         if name == "manifest.json":
             return self._manifest
         try:

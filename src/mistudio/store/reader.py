@@ -109,7 +109,7 @@ class Store:
         start: Position = START,
         how: FeedOptions = DEFAULTS,
     ) -> Feed:
-        """Endless shuffled batches of a site in normalised units; see `Feed`."""
+        """Endless shuffled batches of a site in normalised units; see `Feed`. StoreError: no such site, or as there."""
         return Feed(self, self._known(site), batch_rows, seed=seed, start=start, how=how)
 
     def joint_feed(
@@ -121,7 +121,10 @@ class Store:
         start: Position = START,
         how: FeedOptions = DEFAULTS,
     ) -> JointFeed:
-        """Endless shuffled batches of several sites in step, as a transcoder needs them; see `JointFeed`."""
+        """Endless shuffled batches of several sites in step, as a transcoder needs them; see `JointFeed`.
+
+        StoreError: no site, one that the store does not have, or as `JointFeed`.
+        """
         known = tuple(self._known(site) for site in sites)
         if not known:
             raise StoreError(f"A feed needs at least one site; {self.place} has {', '.join(self.sites)}.")

@@ -12,6 +12,7 @@ Compiled code is cached beside this file, where Python caches its own.
 """
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,8 +52,12 @@ def on_threads(work: Callable[[int], None]) -> None:
     list(_pool(threads).map(work, range(threads)))
 
 
-@functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
+    return _pool_of(os.getpid(), threads)  # a forked process has none of its parent's threads
+
+
+@functools.cache
+def _pool_of(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads in which torch's operations use no others: those of OpenMP, waiting for each other, would take time from
     the ones that work."""
     everyone = threading.Barrier(threads)

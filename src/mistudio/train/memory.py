@@ -44,25 +44,30 @@ def training_bytes(config: SAEConfig, cfg: TrainConfig, device: torch.device) ->
     found = {"weights": 4 * (matrices + vectors), "second moments": 4 * (matrices + vectors)}
     if cfg.beta1 > 0:
         found["first moments"] = found["second moments"]
-    sparse = cfg.engine == "sparse" or (cfg.engine == "auto" and device.type in ("cpu", "cuda"))
+    sparse, dense_start = may_be_sparse(cfg, device), starts_dense(config, cfg, device)
     if sparse and device.type == "cuda":
         found["the encoder's rounded copy"] = 2 * D * F
     at_once = F if cfg.micro_features is None else min(F, cfg.micro_features)
-    if starts_dense(config, cfg) or (sparse and cfg.clip_norm is not None):
+    if dense_start or (sparse and cfg.clip_norm is not None):
         found["gradients"] = 4 * (matrices + vectors)
-    if cfg.micro_features is not None and starts_dense(config, cfg):
+    if cfg.micro_features is not None and dense_start:
         found["gradients"] = 4 * (BLOCK_COPIES * (D + E) * at_once + vectors)
     planes = (len(cfg.prefixes) + 3) * 4 * cfg.batch_rows * max(D, E)
     b = chunk_rows(cfg, cfg.batch_rows, at_once, device)
-    dense = DENSE_MATRICES * 4 * b * at_once if starts_dense(config, cfg) else 0
+    dense = DENSE_MATRICES * 4 * b * at_once if dense_start else 0
     found["a step's intermediates"] = planes + max(dense, _sparse_step_bytes(config, cfg) if sparse else 0)
     return found
 
 
-def starts_dense(config: SAEConfig, cfg: TrainConfig) -> bool:
+def may_be_sparse(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether any step is computed sparsely."""
+    return cfg.engine == "sparse" or (cfg.engine == "auto" and device.type == "cpu")
+
+
+def starts_dense(config: SAEConfig, cfg: TrainConfig, device: torch.device) -> bool:
     """Whether steps are computed densely, at least at first."""
     few_from_the_start = cfg.k is not None and cfg.k < CROSSOVER * config.d_sae
-    return cfg.engine == "dense" or (cfg.engine == "auto" and not few_from_the_start)
+    return not may_be_sparse(cfg, device) or (cfg.engine == "auto" and not few_from_the_start)
 
 
 def _sparse_step_bytes(config: SAEConfig, cfg: TrainConfig) -> int:
@@ -119,7 +124,7 @@ def _what_fits(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: 
         found.append(f"micro_rows {rows}")
     if (features := most_micro_features(config, cfg, device, room)) is not None:
         found.append(f"micro_features {features:,}")
-    if cfg.engine == "auto" and starts_dense(config, cfg):
+    if cfg.engine == "auto" and starts_dense(config, cfg, device):
         sparse = dataclasses.replace(cfg, engine="sparse")
         if sum(training_bytes(config, sparse, device).values()) <= room:
             found.append("engine sparse (for an SAE of which few features fire from the start)")
@@ -129,7 +134,7 @@ def _what_fits(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: 
 def most_micro_features(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: int) -> int | None:
     """The largest micro_features, a power of 2, with which the run fits into `room` bytes; None if none does, or the
     run may not have it."""
-    if cfg.selects or cfg.aux_k is not None or cfg.clip_norm is not None or not starts_dense(config, cfg):
+    if cfg.selects or cfg.aux_k is not None or cfg.clip_norm is not None or not starts_dense(config, cfg, device):
         return None
     features = 1 << (config.d_sae.bit_length() - 1)
     while features >= WIDTH_STEP:
@@ -153,7 +158,7 @@ def widest(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: int)
 
 def most_micro_rows(config: SAEConfig, cfg: TrainConfig, device: torch.device, room: int) -> int | None:
     """The largest micro_rows, a power of 2, with which the run fits into `room` bytes; None if none does."""
-    if not starts_dense(config, cfg):
+    if not starts_dense(config, cfg, device):
         return None
     rows = 1 << (chunk_rows(cfg, cfg.batch_rows, config.d_sae, device).bit_length() - 1)
     while rows >= 1:
