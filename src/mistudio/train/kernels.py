@@ -28,6 +28,8 @@ compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
     njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
 )
 
+CACHED = 1 << 22
+"""Numbers of a matrix whose rows are near anyhow, or soon: asking for them would cost more than it saves."""
 LINES = 64
 """Numbers of each row that are added up before as many of another are brought near."""
 UNIT = 128
@@ -120,14 +122,25 @@ _bring_near: Any = intrinsic(_type_bring_near)
 
 
 @compiled(inline="always")
-def _add_rows(out, c, M, eight, N, later):
-    """out += Σ_k c[k]·M[eight[k]]; meanwhile the rows N[later] are brought near, which are as long."""
+def _add_rows(out, c, M, eight):
+    """out += Σ_k c[k]·M[eight[k]]."""
     a0, a1, a2, a3 = M[eight[0]], M[eight[1]], M[eight[2]], M[eight[3]]
     a4, a5, a6, a7 = M[eight[4]], M[eight[5]], M[eight[6]], M[eight[7]]
     c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
     c4, c5, c6, c7 = c[4], c[5], c[6], c[7]
-    place, length = np.intp(N.ctypes.data), N.shape[1] * N.itemsize
-    whole = out.size // LINES
+    for d in range(out.size):
+        first = c0 * a0[d] + c1 * a1[d] + c2 * a2[d] + c3 * a3[d]
+        out[d] += first + (c4 * a4[d] + c5 * a5[d] + c6 * a6[d] + c7 * a7[d])
+
+
+@compiled()
+def _add_rows_meanwhile(out, c, M, eight, N, later):
+    """`_add_rows`; meanwhile as much of the rows N[later] is brought near."""
+    a0, a1, a2, a3 = M[eight[0]], M[eight[1]], M[eight[2]], M[eight[3]]
+    a4, a5, a6, a7 = M[eight[4]], M[eight[5]], M[eight[6]], M[eight[7]]
+    c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+    c4, c5, c6, c7 = c[4], c[5], c[6], c[7]
+    place, length, whole = np.intp(N.ctypes.data), N.shape[1] * N.itemsize, out.size // LINES
     for some in range(whole):
         for line in range(some * LINES * N.itemsize, (some + 1) * LINES * N.itemsize, 64):
             for k in range(8):
@@ -173,13 +186,16 @@ def reconstruct(residual, W_dec, threshold, values, features, row_ptr, lo, hi, s
         out, active, end = residual[b], 0, row_ptr[b + 1]
         for start in range(row_ptr[b], end, 8):
             take_eight(eight, features, start, end)
-            take_eight(later, features, min(start + 8, end), features.size)
             z[:] = 0
             for k in range(min(8, end - start)):
                 if not values[start + k] <= threshold[eight[k]]:
                     z[k] = values[start + k]
                     active += 1
-            _add_rows(out, z, W_dec, eight, W_dec, later)
+            if W_dec.size > CACHED:
+                take_eight(later, features, min(start + 8, end), features.size)
+                _add_rows_meanwhile(out, z, W_dec, eight, W_dec, later)
+            else:
+                _add_rows(out, z, W_dec, eight)
         squares[b], row_l0[b] = dot(out, out), active
 
 
@@ -282,9 +298,13 @@ def _gradients(
         if active:
             for k in range(8):
                 eight_x[k] = eight[k] % price.size
-            take_eight(later, rows, min(start + 8, end), rows.size)
-            _add_rows(g_dec, z_on, residual, eight, x, eight_x)
-            _add_rows(g_enc, d_f_on, x, eight_x, residual, later)
+            if x.size > CACHED:
+                take_eight(later, rows, min(start + 8, end), rows.size)
+                _add_rows_meanwhile(g_dec, z_on, residual, eight, x, eight_x)
+                _add_rows_meanwhile(g_enc, d_f_on, x, eight_x, residual, later)
+            else:
+                _add_rows(g_dec, z_on, residual, eight)
+                _add_rows(g_enc, d_f_on, x, eight_x)
             sums[3] += active
     if centred and sums[3] > 0:
         for d in range(w_enc.size):
