@@ -102,7 +102,7 @@ def _checked(site: Site, fn: Edit, counters: Edits) -> Edit:
             new = fn(h)
         except EditError:
             raise
-        except Exception as error:
+        except Exception as error:  # an edit is the user's own code and may raise anything
             raise EditError(f"The edit at {site} raised {type(error).__name__}: {error}") from error
         counters.fired[site] += 1
         if _version(h) != version:

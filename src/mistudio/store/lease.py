@@ -9,6 +9,7 @@ import fcntl
 import os
 import signal
 import sys
+from contextlib import suppress
 from threading import Lock
 from typing import Final
 
@@ -32,7 +33,8 @@ class Lease:
         with self._lock:
             self._readers -= 1
             if self._held and not self._readers and sys.platform == "linux":
-                fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                with suppress(OSError):  # the system took it back: this process stood still for longer than it waits
+                    fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
                 self._held = False
 
     def __del__(self) -> None:

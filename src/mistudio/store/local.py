@@ -22,7 +22,7 @@ from mistudio.store.manifest import Manifest, read_manifest
 from mistudio.store.shard import Mapped, Shard, bucket_shards
 
 KEPT_FILES: Final = 128
-"""Maps kept; each holds a file open, of which a process may have 1,024 on many systems."""
+"""Maps kept; each holds two descriptors, of which a process may have 1,024 on many systems."""
 KEPT_BYTES: Final = 64 << 30
 """Bytes in maps kept; the system's tables for them take a 512th part of it at most. The first that fit are kept, since
 in the cycle of epochs the one used last is the one needed latest."""

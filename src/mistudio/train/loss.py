@@ -236,9 +236,8 @@ class _DenseStep:
 
     def _add_auxiliary(self, x: Tensor, f: Tensor, d_e_hat: Tensor) -> None:
         dead = self.dead
-        self.d_dec[dead] += (
-            d_e_hat.T @ f
-        ).T  # f.T @ d_e_hat has other bits with other numbers of threads where f is thin
+        # f.T @ d_e_hat would have other bits with other numbers of threads where f is thin
+        self.d_dec[dead] += (d_e_hat.T @ f).T
         d_z = (d_e_hat @ self.sae.W_dec[dead].T).mul_(f > 0)
         self.d_enc[:, dead] += x.T @ d_z
         self.d_z_sum[dead] += d_z.sum(0)

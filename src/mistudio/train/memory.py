@@ -22,7 +22,7 @@ from mistudio.sae import SAEConfig, TranscoderConfig
 from mistudio.train.config import TrainConfig
 from mistudio.train.loss import chunk_rows
 from mistudio.train.objectives import Trainable
-from mistudio.train.sparse import CROSSOVER, PIECE_ENTRIES
+from mistudio.train.sparse import CROSSOVER, PIECE_ENTRIES, may_be_sparse
 
 DENSE_MATRICES = 6
 """Matrices [b, F] that a dense step holds at once."""
@@ -57,11 +57,6 @@ def training_bytes(config: SAEConfig, cfg: TrainConfig, device: torch.device) ->
     dense = DENSE_MATRICES * 4 * b * at_once if dense_start else 0
     found["a step's intermediates"] = planes + max(dense, _sparse_step_bytes(config, cfg) if sparse else 0)
     return found
-
-
-def may_be_sparse(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether any step is computed sparsely."""
-    return cfg.engine == "sparse" or (cfg.engine == "auto" and device.type == "cpu")
 
 
 def starts_dense(config: SAEConfig, cfg: TrainConfig, device: torch.device) -> bool:

@@ -75,6 +75,11 @@ def numba_is_there() -> bool:
     return True
 
 
+def may_be_sparse(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether any step of a run is a sparse one; on a GPU only where that is asked for."""
+    return cfg.engine == "sparse" or (cfg.engine == "auto" and device.type == "cpu" and numba_is_there())
+
+
 def kernels_are_there(device: torch.device) -> bool:
     """Whether there are compiled kernels: numba's for a CPU, Triton's for a CUDA GPU. TrainError: a GPU without triton,
     or another device."""

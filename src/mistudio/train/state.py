@@ -27,7 +27,7 @@ from mistudio.train.objectives.matryoshka import groups
 from mistudio.train.optimizer import FEATURE_AXIS, SHARED, Adam, clip_factor, normalise_rows_, remove_parallel_
 from mistudio.train.resample import due, resample
 from mistudio.train.schedules import lr_at, sparsity_weight_at
-from mistudio.train.sparse import SparseStep, kernels_are_there, numba_is_there, pays
+from mistudio.train.sparse import SparseStep, kernels_are_there, may_be_sparse, pays
 from mistudio.train.start import first_threshold, whole_config
 from mistudio.train.watch import Watch
 
@@ -46,17 +46,17 @@ class TrainState:
         if cfg.k is not None and cfg.k > sae.config.d_sae * mesh.features:
             raise TrainError(f"k is {cfg.k}, and the SAE has {sae.config.d_sae * mesh.features} features; lower k.")
         self.step = 0
-        on_cpu = device.type == "cpu"
-        may_be_sparse = cfg.engine == "sparse" or (cfg.engine == "auto" and on_cpu and numba_is_there())
-        compiled = may_be_sparse and kernels_are_there(device)
-        if may_be_sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
+        sparse = may_be_sparse(cfg, device)
+        compiled = sparse and kernels_are_there(device)
+        if sparse:  # a feature's encoder weights become one stretch of memory; the shape stays [D, F]
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         matrix_lr = 1.0 if cfg.lr_width is None else math.sqrt(cfg.lr_width / sae.config.d_model)
         named = dict(sae.named_parameters())
         self.adam = Adam(named, cfg.beta2, cfg.adam_eps, cfg.vector_lr, cfg.beta1, matrix_lr)
-        if may_be_sparse:
-            in_large_pages(t for name in FEATURE_AXIS for t in self.adam.rows(name))
-        self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if may_be_sparse else None
+        if sparse:
+            gathered = (named, self.adam.second, self.adam.first)
+            in_large_pages(tensors[name] for tensors in gathered for name in FEATURE_AXIS if name in tensors)
+        self.sparse = SparseStep(sae, cfg, self.adam, compiled=compiled, mesh=mesh) if sparse else None
         in_a_row = sae.config.d_sae * mesh.features if cfg.k is None else min(cfg.k, sae.config.d_sae)
         self.entries = torch.full((), in_a_row * cfg.batch_rows, dtype=torch.float64, device=device)
         """Entries of the last step's batch that were active or in the kernel window; before the first step all, or as

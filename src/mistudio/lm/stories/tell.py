@@ -106,7 +106,8 @@ class Teller:
         text = template
         while "[" in text:
             text = CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), text)
-        while "{" in text:  # a mishap holds slots of its own
+        text = SLOT.sub(self._slot, text)
+        if "{" in text:  # a mishap holds slots of its own
             text = SLOT.sub(self._slot, text)
         if "<" in text:
             text = VERB.sub(self._verb, text.replace("<be!>", "is"))
