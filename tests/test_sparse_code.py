@@ -1,5 +1,6 @@
 """The list of entries: it is the matrix, in either order, and screening misses and adds nothing."""
 
+import functools
 import math
 import os
 
@@ -9,7 +10,7 @@ import torch
 from mistudio.sae.code import FeatureCode, SparseCode, select
 
 pytest.importorskip("numba")
-from mistudio.train import products, screen_kernels, search
+from mistudio.train import products, screen_kernels, search, vnni
 from mistudio.train import screen as screening
 from mistudio.train.screen import Query, Screen, select_many
 
@@ -149,11 +150,21 @@ def one_large_number(peak):
 
 FAMILIES = [gaussian, heavy_tails, rounding_all_one_way, rounding_up, cancellation, uneven_rows, far_from_zero, planted,
             one_large_number(127), one_large_number(32_512)]  # fmt: skip
-ROUNDED = [torch.int8, torch.bfloat16]
+ROUNDED = ["int8", "int8 in tiles", "bfloat16"]
+
+
+@pytest.fixture
+def dtype(request, monkeypatch):
+    """What is rounded to; int8 is multiplied by torch's product, or in tiles where the processor can do that."""
+    name, _, tiles = request.param.partition(" in ")
+    if tiles and not vnni.is_there():
+        pytest.skip("needs AVX-512 VNNI, and no AMX")
+    monkeypatch.setattr(vnni, "is_there", lambda: bool(tiles))
+    return getattr(torch, name)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("dtype", ROUNDED, indirect=True)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("part", [0.5, 0.02])
 def test_screening_misses_and_adds_nothing(family, part, dtype):
@@ -194,19 +205,20 @@ def test_the_screened_code_is_the_float64_encoder_but_for_rounding_at_the_edge(f
 
 @pytest.fixture
 def looked_at(monkeypatch):
-    """Candidates of every call of the kernel."""
-    counts, kernel = [], screen_kernels.candidates
+    """Candidates of every call of the kernels."""
+    counts = []
 
-    def recorded(*args):
+    def recorded(kernel, *args):
         found = kernel(*args)
         counts.append(len(found[0]))
         return found
 
-    monkeypatch.setattr(screen_kernels, "candidates", recorded)
+    for module in (screen_kernels, vnni):
+        monkeypatch.setattr(module, "candidates", functools.partial(recorded, module.candidates))
     return counts
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 3.0), (torch.bfloat16, 1.3)])
+@pytest.mark.parametrize(("dtype", "most"), [*zip(ROUNDED, (3.0, 3.0, 1.3), strict=True)], indirect=["dtype"])
 def test_the_margin_is_tight_enough_to_be_useful(looked_at, dtype, most):
     x, W = planted(512, 256, 1000)
     kept = len(Screen(W, dtype).select(x, torch.zeros(1000), None, torch.full((1000,), 0.25), 0.001).values)
@@ -222,7 +234,7 @@ def test_what_rows_have_in_common_does_not_widen_the_margin(looked_at):
     assert sum(looked_at[blocks:]) < 1.1 * sum(looked_at[:blocks])
 
 
-@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "float32"], indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_has_the_entries_of_the_definition(dtype, bad):
     x, W = gaussian(40, 24, 60)
@@ -247,6 +259,7 @@ def test_a_product_outside_its_bound_is_noticed_and_that_dtype_is_not_used_again
         return (multiply(a, b) * 1.3).to(multiply(a, b).dtype)
 
     monkeypatch.setattr(products, "multiply", badly)
+    monkeypatch.setattr(vnni, "is_there", lambda: False)
     with pytest.warns(UserWarning, match="less accurate than float32 sums") as said:
         assert same(screen.select(x, bias, None, theta, BANDWIDTH), right)
     assert [str(w.message).split("; ")[1][:31] for w in said] == [
@@ -273,6 +286,7 @@ def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again
     monkeypatch.setattr(screening, "BLOCK_ENTRIES", 128 * 64)
     used, multiply = [], products.multiply
     monkeypatch.setattr(products, "multiply", lambda a, b, out: used.append(a.dtype) or multiply(a, b))
+    monkeypatch.setattr(vnni, "is_there", lambda: False)
     x, W = gaussian(64, 128, 384)
     x[::2, 0], x[1::2, 0] = 16, -16  # which bfloat16 holds exactly
     W[:, 0] = 0
@@ -289,7 +303,7 @@ def test_where_int8_is_too_coarse_the_next_dtype_goes_on_and_int8_is_tried_again
     assert set(used) == {torch.int8, torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "float32"], indirect=True)
 def test_columns_taken_in_tiles_and_candidates_decided_upon_early_find_the_same_entries(monkeypatch, dtype):
     x, W = planted(300, 100, 250)
     bias, theta = 0.1 * torch.randn(250), torch.full((250,), 0.25)
@@ -310,7 +324,7 @@ def test_columns_taken_in_tiles_and_candidates_decided_upon_early_find_the_same_
 # --- several SAEs
 
 
-@pytest.mark.parametrize("dtype", [*ROUNDED, torch.float32])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "float32"], indirect=True)
 @pytest.mark.parametrize("block", [130 * 50, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_screens_that_share_a_batch_find_what_each_finds_alone(monkeypatch, dtype, block, threads):
@@ -374,7 +388,7 @@ def test_int8_is_not_used_where_its_sums_are_cut_off(monkeypatch):
 
 
 @pytest.mark.skipif("MISTUDIO_SLOW" not in os.environ, reason="a billion entries take minutes; set MISTUDIO_SLOW=1")
-@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("dtype", ROUNDED, indirect=True)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_nothing_is_missed_among_a_billion_entries(family, dtype):
     B, F = 4096, 8192

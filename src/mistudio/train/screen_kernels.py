@@ -70,17 +70,19 @@ _of_bits: Any = intrinsic(_type_of_bits)
 
 
 @compiled()
-def measure(rows, centre, lo, hi, unit, kept, lost):
-    """The numbers of rows [lo, hi) that are not rounded; `centre` is not used."""
+def measure(rows, centre, vectors, lo, hi, unit, kept, lost, along):
+    """The numbers of rows [lo, hi) that are not rounded; `centre` is not used. along[k, j] = vectors[k]·rows[j]."""
     for j in range(lo, hi):
+        _along(rows[j], vectors, along, j)
         unit[j], kept[j], lost[j] = 1, np.sqrt(dot(rows[j], rows[j])), 0
 
 
 @compiled()
-def round_bfloat16(rows, centre, rounded, lo, hi, unit, kept, lost):
+def round_bfloat16(rows, centre, vectors, rounded, lo, hi, unit, kept, lost, along):
     """rounded[j] = the bits of rows[j] - centre in bfloat16 (to nearest, ties to even)."""
     for j in range(lo, hi):
         row, line = rows[j], rounded[j]
+        _along(row, vectors, along, j)
         near = off = np.float32(0)
         for d in range(row.size):
             exact = row[d] - centre[d]
@@ -96,11 +98,12 @@ def round_bfloat16(rows, centre, rounded, lo, hi, unit, kept, lost):
 
 
 @compiled()
-def round_int8(rows, centre, rounded, lo, hi, unit, kept, lost):
+def round_int8(rows, centre, vectors, rounded, lo, hi, unit, kept, lost, along):
     """rounded[j]·unit[j] is about rows[j] - centre, with 127 for its largest number."""
     row = np.empty_like(centre)
     for j in range(lo, hi):
         line, bits, square = rounded[j], np.uint32(0), np.float32(0)
+        _along(rows[j], vectors, along, j)
         for d in range(row.size):
             row[d] = rows[j, d] - centre[d]
             square += row[d] * row[d]
@@ -120,12 +123,10 @@ def round_int8(rows, centre, rounded, lo, hi, unit, kept, lost):
         unit[j], kept[j], lost[j] = step, np.sqrt(near), np.sqrt(off)
 
 
-@compiled()
-def along(W, vectors, out):
-    """out[k, j] = vectors[k]·W[j]."""
-    for j in range(len(W)):
-        for k in range(len(vectors)):
-            out[k, j] = dot(W[j], vectors[k])
+@compiled(inline="always")
+def _along(row, vectors, along, j):
+    for k in range(len(vectors)):
+        along[k, j] = dot(row, vectors[k])
 
 
 @compiled()
@@ -147,7 +148,7 @@ def candidates(product, rows, features):
         found = _candidates(product[j], unit_j[j], cut[j], near[j], far[j], unit_b, kept, lost, likely, some)
         while n + found > capacity:
             capacity *= 2
-            out_rows, guesses = _grown(out_rows, capacity), _grown(guesses, capacity)
+            out_rows, guesses = grown(out_rows, capacity), grown(guesses, capacity)
         for k in range(found):
             b = some[k]
             out_rows[n + k], guesses[n + k] = b, unit_j[j] * unit_b[b] * _as_float(product[j, b])
@@ -215,7 +216,7 @@ def _candidates(line, unit, cut, near, far, unit_b, kept, lost, likely, candidat
 
 
 @compiled()
-def _grown(array, capacity):
+def grown(array, capacity):
     larger = np.empty(capacity, array.dtype)
     larger[: array.size] = array
     return larger

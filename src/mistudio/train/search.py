@@ -9,6 +9,7 @@ other, each read once.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mistudio.pages import empty
 from mistudio.sae.code import FeatureCode, pointers
-from mistudio.train import kernels, products, screen_kernels
+from mistudio.train import kernels, products, screen_kernels, vnni
 
 U_BF16 = 2.0**-8
 SLACK = 1e-5
@@ -57,6 +58,8 @@ class Batch:
         self.x, self._mean = x, x.mean(0).nan_to_num_(0.0, 0.0, 0.0) if len(x) else x.new_zeros(x.shape[1])
         self.seen: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         """x̃ [B, D], and the unit, kept and lost [3, B] of its rows; sums in float32 count as lost."""
+        self.packed: np.ndarray | None = None
+        """x̃ in int8 as `vnni` takes it, where this processor multiplies that way."""
         self._memory: dict[tuple[str, int], Tensor] = {}
 
     def centre(self, dtype: torch.dtype) -> Tensor:
@@ -68,10 +71,13 @@ class Batch:
         for dtype in set(dtypes) - self.seen.keys():
             rounded = self.x if dtype == torch.float32 else torch.empty_like(self.x, dtype=dtype)
             numbers, centre = self.x.new_empty(3, len(self.x)), self.centre(dtype)
-            kernels.in_ranges(_rounding(self.x, centre, rounded, numbers), len(self.x))
+            no_vectors = self.x[:0]
+            kernels.in_ranges(_rounding(self.x, centre, no_vectors, rounded, numbers, numbers[:0]), len(self.x))
             _, kept, lost = numbers
             lost += 4 * _gamma(self.x.shape[1]) * (kept + lost + 2 * centre.norm())
             self.seen[dtype] = rounded, numbers
+            if dtype == torch.int8 and vnni.multiplies(self.x.shape[1]):
+                self.packed = vnni.packed(rounded)
 
     def memory(self, purpose: str, thread: int, n: int, width: int, dtype: torch.dtype) -> Tensor:
         """[n, width], the same memory for every block: new memory from the system costs a quarter of the product's time
@@ -183,11 +189,10 @@ class _Part:
         """W_enc of these features, rounded, in `out` [n, D]; and their products with vectors."""
         b_dec, centre = self.search.query.b_dec, self.search.batch.centre(self.search.dtype)
         vectors = torch.stack([centre] if b_dec is None else [centre, b_dec.detach()])
-        screen_kernels.along(self.W.numpy(), vectors.numpy(), self.dots.numpy())
-        _rounding(self.W, torch.zeros_like(centre), out, self.numbers)(0, len(self))
+        _rounding(self.W, torch.zeros_like(centre), vectors, out, self.numbers, self.dots)(0, len(self))
 
-    def find(self, product: Tensor) -> None:
-        """The candidates among these features, whose product with x̃ is given [n, B]."""
+    def find(self, look: Callable[..., tuple[Any, ...]]) -> None:
+        """The candidates among these features; look: `screen_kernels.candidates` of their product with x̃."""
         search, place = self.search, slice(self.first, self.last)
         shift, along = self.dots
         threshold, bias = search.query.threshold[place].detach(), search.query.b_enc[place].detach() - along
@@ -195,7 +200,7 @@ class _Part:
         self.deciding = tuple(t.numpy() for t in (bias, threshold, near, far, shift))
         rows = tuple(t.numpy() for t in search.batch.seen[search.dtype][1])
         features = tuple(t.numpy() for t in (self.numbers[0], cut, near, far))
-        *found, by_margin = screen_kernels.candidates(_as_numpy(product), rows, features)
+        *found, by_margin = look(rows, features)
         search.take(self, tuple(found), by_margin)
 
     def _margins(self, threshold: Tensor, bias: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,25 +234,33 @@ def blocks(searches: Sequence[Search], width: int) -> Iterator[list[_Part]]:
 
 
 def look_through(block: list[_Part], batch: Batch, thread: int) -> None:
-    """Multiplies a block of `blocks` and finds its candidates, in that thread's memory."""
+    """Multiplies a block of `blocks` with x̃ and finds its candidates, in that thread's memory."""
     dtype, sizes = block[0].search.dtype, [len(part) for part in block]
     W, whole = block[0].W, torch.int32 if dtype == torch.int8 else dtype
     if dtype != torch.float32:
         W = batch.memory("rounded", thread, sum(sizes), W.shape[1], dtype)
     for part, rows in zip(block, W.split(sizes), strict=True):
         part.round(rows)
+    if dtype == torch.int8 and batch.packed is not None:
+        for part, rows in zip(block, W.split(sizes), strict=True):
+            part.find(functools.partial(vnni.candidates, rows.numpy(), batch.packed))
+        return
     out = batch.memory("product", thread, len(W), len(batch.x), whole)
     product = products.multiply(W, batch.seen[dtype][0], out)
     for part, lines in zip(block, product.split(sizes), strict=True):
-        part.find(lines)
+        part.find(functools.partial(screen_kernels.candidates, _as_numpy(lines)))
 
 
-def _rounding(rows: Tensor, centre: Tensor, out: Tensor, numbers: Tensor) -> Callable[[int, int], None]:
-    """A function that rounds a range of rows less `centre` to the dtype of `out` and fills `numbers` [3, n] for it."""
-    given = [t.numpy() for t in (rows.detach(), centre)] + ([] if out.dtype == torch.float32 else [_as_numpy(out)])
+def _rounding(
+    rows: Tensor, centre: Tensor, vectors: Tensor, out: Tensor, numbers: Tensor, along: Tensor
+) -> Callable[[int, int], None]:
+    """A function that rounds a range of rows less `centre` to the dtype of `out` and fills `numbers` [3, n] for it, and
+    `along` [k, n] with the products of rows and `vectors` [k, D]."""
+    given = [t.numpy() for t in (rows.detach(), centre, vectors)]
+    given += [] if out.dtype == torch.float32 else [_as_numpy(out)]
     unit, kept, lost = numbers.numpy()
     kernel = ROUND[out.dtype]
-    return lambda lo, hi: kernel(*given, lo, hi, unit, kept, lost)
+    return lambda lo, hi: kernel(*given, lo, hi, unit, kept, lost, along.numpy())
 
 
 def _copy(source: np.ndarray, target: np.ndarray, lo: int, hi: int) -> None:
