@@ -1,9 +1,6 @@
 """The sparse step's operations: compiled = defined = dense in float64, for planes, windows, and widths that differ."""
 
 import math
-import os
-import signal
-import threading
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam, normalise_rows_, remove_parallel_
 
 pytest.importorskip("numba")
-from mistudio.train import compiled, kernels
+from mistudio.train import compiled
 
 B, F = 26, 150
 BANDWIDTH = 0.5
@@ -240,41 +237,3 @@ def test_the_number_of_threads_does_not_show_in_any_bit(planes):
         found.append([sums, d_b_dec, *parameters.values(), *adam.second.values(), g_enc, g_dec, residual, squares])
     for other in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
-
-
-def test_threads_that_work_have_torch_for_themselves_alone_and_others_have_all_of_it():
-    torch.set_num_threads(2)
-    try:
-        inside, later = {}, []
-        kernels.on_threads(lambda i: inside.update({i: torch.get_num_threads()}))
-        another = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        another.start()
-        another.join()
-        assert (inside, torch.get_num_threads(), later) == ({0: 1, 1: 1}, 2, [2])
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("n", [0, 1, 128, 129, 5000])
-def test_ranges_make_up_the_whole_and_begin_at_units(n):
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        try:
-            ranges = kernels.in_ranges(lambda lo, hi: (lo, hi), n)
-        finally:
-            torch.set_num_threads(1)
-        assert [i for lo, hi in ranges for i in range(lo, hi)] == list(range(n))
-        assert all(lo % kernels.UNIT == 0 for lo, _ in ranges)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_works_on_threads_of_its_own(monkeypatch):
-    """It has none of its parent's, and waiting for those would never end."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    ranges = kernels.in_ranges(lambda lo, hi: (lo, hi), 10_000)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        os._exit(kernels.in_ranges(lambda lo, hi: (lo, hi), 10_000) != ranges)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

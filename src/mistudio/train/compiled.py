@@ -11,6 +11,7 @@ from mistudio.sae.code import FeatureCode
 from mistudio.train import kernels
 from mistudio.train.definition import Work
 from mistudio.train.optimizer import Adam
+from mistudio.train.threads import UNIT, in_ranges
 
 
 def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +20,7 @@ def reconstruct(code: FeatureCode, start: Tensor, W_dec: Tensor, threshold: Tens
     squares, row_l0 = start.new_empty(len(start)), start.new_empty(len(start))
     residual, *given = [t.detach().numpy() for t in (start, W_dec, threshold)]
     out = [t.numpy() for t in (squares, row_l0)]
-    kernels.in_ranges(lambda lo, hi: kernels.reconstruct(residual, *given, *columns, lo, hi, *out), len(start))
+    in_ranges(lambda lo, hi: kernels.reconstruct(residual, *given, *columns, lo, hi, *out), len(start))
     return start, squares, row_l0
 
 
@@ -33,7 +34,7 @@ def visit(work: Work, adam: Adam, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     def some(lo: int, hi: int) -> None:
         kernels.visit(*batch.given, encoder, decoder, decay, numbers, lo, hi, *batch.out, marks)
 
-    kernels.in_ranges(some, work.code.n_features)
+    in_ranges(some, work.code.n_features)
     adam.mark(touched)
     return batch.sums, batch.partial.sum(0), touched
 
@@ -43,7 +44,7 @@ def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch = _Batch(work)
     F = work.code.n_features
     touched = torch.zeros(F, dtype=torch.bool)
-    kernels.in_ranges(lambda lo, hi: kernels.mark_active(*batch.given[0], batch.given[4], lo, hi, touched.numpy()), F)
+    in_ranges(lambda lo, hi: kernels.mark_active(*batch.given[0], batch.given[4], lo, hi, touched.numpy()), F)
     features, place = touched.nonzero().squeeze(1), (touched.cumsum(0) - 1).numpy()
     g_enc, g_dec = (
         work.x.new_empty(len(features), work.x.shape[1]),
@@ -54,7 +55,7 @@ def row_gradients(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def some(lo: int, hi: int) -> None:
         kernels.row_gradients(*batch.given, touched.numpy(), place, *rows, lo, hi, *batch.out)
 
-    kernels.in_ranges(some, F)
+    in_ranges(some, F)
     return batch.sums, batch.partial.sum(0), features, g_enc, g_dec
 
 
@@ -64,7 +65,7 @@ def apply_rows(
     """`definition.apply_rows`."""
     given = [t.numpy() for t in (features, g_enc, g_dec)]
     state = _adam(adam, lr)
-    kernels.in_ranges(lambda lo, hi: kernels.apply_rows(*given, *state, lo, hi), len(features))
+    in_ranges(lambda lo, hi: kernels.apply_rows(*given, *state, lo, hi), len(features))
     adam.mark(features)
 
 
@@ -97,6 +98,6 @@ class _Batch:
         self.given = (entries, batch, W_enc, W_dec, work.threshold.detach().numpy(), work.price.numpy(), b_dec,
                       numbers, work.centred)  # fmt: skip
         self.sums = x.new_zeros(code.n_features, 5)
-        self.partial = x.new_zeros(-(-code.n_features // kernels.UNIT), x.shape[1])
+        self.partial = x.new_zeros(-(-code.n_features // UNIT), x.shape[1])
         """Every unit's part of d_b_dec: they are added in one order."""
         self.out = (self.sums.numpy(), self.partial.numpy())

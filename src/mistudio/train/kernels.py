@@ -2,7 +2,8 @@
 
 Every kernel works on a range [lo, hi) of features or rows and writes to places that no other range writes to: so ranges
 run on threads without locks, and the result does not depend on how many there are. `definition` says in plain torch
-what each one computes; sums here may be in another order. They release the interpreter lock; `in_ranges` runs them.
+what each one computes; sums here may be in another order. They release the interpreter lock; `threads` has what
+runs them.
 
 Rows are gathered in an order that the processor cannot guess, so while one eight of them is added up it is told where
 the next lies.
@@ -12,17 +13,15 @@ Compiled code is cached beside this file, where Python caches its own.
 """
 
 import functools
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+from mistudio.train.threads import UNIT
 
 compiled: Callable[..., Callable[[Any], Any]] = functools.partial(
     njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
@@ -32,48 +31,6 @@ CACHED = 1 << 22
 """Numbers of a matrix whose rows are near anyhow, or soon: asking for them would cost more than it saves."""
 LINES = 64
 """Numbers of each row that are added up before as many of another are brought near."""
-UNIT = 128
-"""Features whose part of a sum over features is taken together. Fixed, so that the sum does not depend on threads."""
-
-
-def in_ranges(kernel: Callable[[int, int], Any], n: int) -> list[Any]:
-    """kernel(lo, hi) of ranges that make up [0, n), in order; on as many threads as torch uses. Ranges begin at
-    multiples of UNIT, and there are several for each thread."""
-    threads = torch.get_num_threads()
-    length = n if threads == 1 else UNIT * -(-n // (16 * threads * UNIT))
-    if length >= n:
-        return [kernel(0, n)]
-    return list(_pool(threads).map(lambda lo: kernel(lo, min(lo + length, n)), range(0, n, length)))
-
-
-def on_threads(work: Callable[[int], None]) -> None:
-    """work(0), work(1), …: at once on as many threads as torch uses, each of which has torch for itself alone."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return work(0)
-    list(_pool(threads).map(work, range(threads)))
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return _pool_of(os.getpid(), threads)  # a forked process has none of its parent's threads
-
-
-@functools.cache
-def _pool_of(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations use no others: those of OpenMP, waiting for each other, would take time from
-    the ones that work."""
-    everyone = threading.Barrier(threads)
-
-    def begin() -> None:
-        torch.get_num_threads()  # the first time, this takes over the process's number
-        torch.set_num_threads(1)
-        everyone.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="mistudio")
-    for begun in [pool.submit(begin) for _ in range(threads)]:
-        begun.result()
-    torch.set_num_threads(threads)  # for threads to come: they take over the last number that was set
-    return pool
 
 
 @compiled(inline="always")

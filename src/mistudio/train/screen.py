@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from mistudio.sae.code import FeatureCode
-from mistudio.train import kernels, products
+from mistudio.train import products, threads
 from mistudio.train.search import Batch, Query, Search, blocks, look_through
 
 BLOCK_ENTRIES = 1 << 21
@@ -106,8 +106,8 @@ def select_many(screens: Sequence[Screen], x: Tensor, queries: Sequence[Query]) 
     batch = Batch(x.detach().contiguous())
     pairs = zip(screens, queries, strict=True)
     searches = [Search(screen.W, query, batch, screen.begin(), screen.widened) for screen, query in pairs]
-    share = -(-sum(len(screen.W) for screen in screens) // torch.get_num_threads())
-    width = min(max(kernels.UNIT, min(share, BLOCK_ENTRIES // max(1, len(x)))), BLOCK_FEATURES)
+    share = -(-sum(len(screen.W) for screen in screens) // threads.number())
+    width = min(max(threads.UNIT, min(share, BLOCK_ENTRIES // max(1, len(x)))), BLOCK_FEATURES)
     left, lock = blocks(searches, width), threading.Lock()
 
     def work(thread: int) -> None:
@@ -120,7 +120,7 @@ def select_many(screens: Sequence[Screen], x: Tensor, queries: Sequence[Query]) 
 
     while any(search.left for search in searches):
         batch.see(search.dtype for search in searches)
-        kernels.on_threads(work)
+        threads.on_threads(work)
         for screen, search in zip(screens, searches, strict=True):
             search.decide()
             if search.crowded:

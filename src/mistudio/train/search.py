@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mistudio.pages import empty
 from mistudio.sae.code import FeatureCode, pointers
-from mistudio.train import kernels, products, screen_kernels, vnni
+from mistudio.train import products, screen_kernels, vnni
+from mistudio.train.threads import column_sums, in_ranges
 
 U_BF16 = 2.0**-8
 SLACK = 1e-5
@@ -55,7 +56,7 @@ class Batch:
     """Rows of x [B, D], and how searches see them."""
 
     def __init__(self, x: Tensor):
-        self.x, self._mean = x, x.mean(0).nan_to_num_(0.0, 0.0, 0.0) if len(x) else x.new_zeros(x.shape[1])
+        self.x, self._mean = x, (column_sums(x) / max(1, len(x))).nan_to_num_(0.0, 0.0, 0.0)
         self.seen: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         """x̃ [B, D], and the unit, kept and lost [3, B] of its rows; sums in float32 count as lost."""
         self.packed: np.ndarray | None = None
@@ -72,7 +73,7 @@ class Batch:
             rounded = self.x if dtype == torch.float32 else torch.empty_like(self.x, dtype=dtype)
             numbers, centre = self.x.new_empty(3, len(self.x)), self.centre(dtype)
             no_vectors = self.x[:0]
-            kernels.in_ranges(_rounding(self.x, centre, no_vectors, rounded, numbers, numbers[:0]), len(self.x))
+            in_ranges(_rounding(self.x, centre, no_vectors, rounded, numbers, numbers[:0]), len(self.x))
             _, kept, lost = numbers
             lost += 4 * _gamma(self.x.shape[1]) * (kept + lost + 2 * centre.norm())
             self.seen[dtype] = rounded, numbers
@@ -100,7 +101,7 @@ class Batch:
         for first in range(0, D, width):
             columns = x[:, first : first + width]
             tile = memory[: columns.size].reshape(columns.shape)
-            kernels.in_ranges(functools.partial(_copy, columns, tile), B)
+            in_ranges(functools.partial(_copy, columns, tile), B)
             yield first, tile
 
 
@@ -153,12 +154,12 @@ class Search:
         ends, z = np.concatenate(([0], counts.cumsum())), np.zeros_like(guesses)
         for first, tile in self.batch.tiles():
             some = functools.partial(screen_kernels.add_products, tile, W, first, rows, ends, z)
-            kernels.in_ranges(some, len(W))
+            in_ranges(some, len(W))
         features = tuple(np.concatenate(several) for several in zip(*(part.deciding for part in parts), strict=True))
         _, kept, lost = self.batch.seen[self.dtype][1].numpy()
         half, u = (np.float32(n) for n in (self.query.bandwidth / 2, U_BF16 if self.dtype == torch.bfloat16 else 0))
         asked = ((rows, guesses, z, ends), features, (kept, lost), half, u)
-        decided = kernels.in_ranges(lambda lo, hi: screen_kernels.decide(*asked, lo, hi), len(W))
+        decided = in_ranges(lambda lo, hi: screen_kernels.decide(*asked, lo, hi), len(W))
         self.found += [d[:3] for d in decided]
         if any(d[3] for d in decided):
             self.distrusted = self.dtype

@@ -42,6 +42,7 @@ from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.topk import largest_of_rows
 from mistudio.train.objectives.transcoder import base_of, has_skip
 from mistudio.train.optimizer import SHARED, Adam, clip_factor, remove_parallel_
+from mistudio.train.threads import column_sums, in_rows
 
 if TYPE_CHECKING:
     from mistudio.train.cuda_screen import Screen as CudaScreen
@@ -139,6 +140,9 @@ class SparseStep:
             kernels, _ = _bodies(sae.W_enc.device)
             self.reconstruct, self.visit = kernels.reconstruct, kernels.visit
             self.row_gradients, self.apply_rows = kernels.row_gradients, kernels.apply_rows
+        searches = self.objective.cutoff(sae.threshold.detach(), cfg) is not None
+        self.shares_work = compiled and searches and sae.W_enc.device.type == "cpu"
+        """Whether `threads` do the work; where an architecture looks at all of z, most of it is torch's operations."""
         self.stale = True
         """Whether W_enc may have changed outside this class."""
 
@@ -225,7 +229,7 @@ class SparseStep:
         """The gradients of b_enc, b_dec, θ and W_skip."""
         d_z, d_f_windowed, price_windowed, fired, number_windowed = sums.unbind(1)
         first_plane, scale = done.planes[: len(x)], 2 / len(done.all_l0)
-        d_b_dec, d_centre = scale * self.mesh.sum_rows(first_plane.sum(0)), self.mesh.sum_features(d_centre)
+        d_b_dec, d_centre = scale * self.mesh.sum_rows(column_sums(first_plane)), self.mesh.sum_features(d_centre)
         found = {"b_enc": d_z, "b_dec": d_b_dec - d_centre if self.sae.config.pre_encoder_bias else d_b_dec}
         if self.cfg.trains_threshold:
             windowed = (d_f_windowed, price_windowed, number_windowed)
@@ -243,7 +247,8 @@ class SparseStep:
         rows = len(x) * mesh.rows
         residual = empty(tuple(y.shape), y.dtype) if y.device.type == "cpu" else torch.empty_like(y)
         if mesh.feature_rank == 0:
-            torch.sub(base_of(self.sae, x).detach(), y, out=residual)
+            base = base_of(self.sae, x).detach().expand_as(y)
+            in_rows(lambda lo, hi: torch.sub(base[lo:hi], y[lo:hi], out=residual[lo:hi]), y)
         else:
             residual.zero_()
         auxiliary = self._auxiliary(x, dead)
@@ -312,7 +317,7 @@ class SparseStep:
     def question(self) -> "tuple[Screen, Query] | None":
         """What the coming step asks of its screen, for `screen.select_many`; None where it asks otherwise."""
         sae, cutoff = self.sae, self.objective.cutoff(self.sae.threshold.detach(), self.cfg)
-        if not self.compiled or sae.W_enc.device.type != "cpu" or cutoff is None:
+        if not self.shares_work or cutoff is None:
             return None
         from mistudio.train.screen import Query, Screen
 

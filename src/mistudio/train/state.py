@@ -29,6 +29,7 @@ from mistudio.train.resample import due, resample
 from mistudio.train.schedules import lr_at, sparsity_weight_at
 from mistudio.train.sparse import SparseStep, kernels_are_there, may_be_sparse, pays
 from mistudio.train.start import first_threshold, whole_config
+from mistudio.train.threads import column_sums, in_rows, leading
 from mistudio.train.watch import Watch
 
 CACHED_ROWS = 256
@@ -71,7 +72,6 @@ class TrainState:
         """Active entries of the last step's batch."""
         self.watch = Watch(self.adam.parameters, device)
 
-    @torch.no_grad()
     def update(
         self, x: Float[Tensor, "B D"], y: Float[Tensor, "B E"] | None = None, code: FeatureCode | None = None
     ) -> None:
@@ -80,10 +80,20 @@ class TrainState:
         y: what to reconstruct; None: x. code: the batch's entries, where they were found already; only if
         `takes_a_sparse_step`.
         """
+        is_sparse = self.takes_a_sparse_step(len(x))
+        if is_sparse and self.sparse is not None and self.sparse.shares_work:
+            leading(self._update, x, y, code, is_sparse)
+        else:
+            self._update(x, y, code, is_sparse)
+        if due(self.cfg, self.step):
+            self._resample(x, x if y is None else y)
+
+    @torch.no_grad()
+    def _update(self, x: Tensor, y: Tensor | None, code: FeatureCode | None, is_sparse: bool) -> None:
+        """All of it but resampling."""
         cfg, sae = self.cfg, self.sae
         weight, lr = sparsity_weight_at(cfg, self.step), lr_at(cfg, self.step)
         dead = self.helped()
-        is_sparse = self.takes_a_sparse_step(len(x))
         if self.sparse is not None and is_sparse:
             terms = self.sparse.update(x, weight, lr, y, code, dead)
         else:
@@ -91,8 +101,6 @@ class TrainState:
         self.objective.settle(sae, terms.smallest, self.step, cfg)
         self.step += 1
         self._count(x if y is None else y, terms, is_sparse)
-        if due(cfg, self.step):
-            self._resample(x, x if y is None else y)
 
     def helped(self) -> Tensor | None:
         """The features [F] that AuxK helps in the coming step; None where there are none, here or in other processes'
@@ -145,16 +153,21 @@ class TrainState:
         """The SAE in released form, of its architecture's own class; after `release`."""
         return self.objective.release(self.sae, self.cfg)
 
+    @torch.no_grad()
     def _resample(self, x: Tensor, y: Tensor) -> None:
         self.resampled += resample(self.sae, self.adam, self.silent_rows, x, y, self.cfg, self.step)
         if self.sparse is not None:
             self.sparse.stale = True
 
     def _count(self, y: Tensor, terms: Terms, is_sparse: bool) -> None:
-        mean = self.mesh.mean_rows(y.mean(0))
-        some = y.split(CACHED_ROWS) if y.device.type == "cpu" else [y]
-        from_mean = torch.cat([torch.linalg.vector_norm(rows - mean, dim=1) for rows in some])
-        variance = self.mesh.mean_rows(from_mean.square().mean())
+        mean = self.mesh.mean_rows(column_sums(y) / len(y))
+        at_once = CACHED_ROWS if y.device.type == "cpu" else len(y)
+
+        def squares(lo: int, hi: int) -> Tensor:
+            some = y[lo:hi].split(at_once)
+            return torch.cat([torch.linalg.vector_norm(rows - mean, dim=1) for rows in some]).square()
+
+        variance = self.mesh.mean_rows(torch.cat(in_rows(squares, y)).mean())
         batch = torch.stack((terms.loss, terms.mse, variance, terms.l0, torch.ones_like(variance))).double()
         self.sums += batch
         self.entries.copy_(terms.entries)

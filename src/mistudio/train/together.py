@@ -19,6 +19,7 @@ from mistudio.sae.code import FeatureCode
 from mistudio.train.config import TrainConfig
 from mistudio.train.objectives import Trainable
 from mistudio.train.state import TrainState
+from mistudio.train.threads import leading
 
 Batch = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor]
 
@@ -145,7 +146,8 @@ def _search_together(states: Sequence[TrainState], xs: Sequence[Tensor]) -> list
         if len(questions) > 1:
             from mistudio.train.screen import select_many  # needs numba
 
-            found = select_many([s for s, _ in questions.values()], xs[same[0]], [q for _, q in questions.values()])
+            screens, queries = zip(*questions.values(), strict=True)
+            found = leading(select_many, screens, xs[same[0]], queries)
             for i, code in zip(questions, found, strict=True):
                 codes[i] = code
     return codes

@@ -21,8 +21,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from mistudio.pages import empty
-from mistudio.train.kernels import compiled, in_ranges
+from mistudio.train.kernels import compiled
 from mistudio.train.screen_kernels import grown
+from mistudio.train.threads import in_ranges
 
 ROWS, VECTORS = 6, 4
 """Sums of a tile, in vectors of 16: with the factors they fill the 32 registers."""
@@ -175,16 +176,9 @@ def candidates(W, panels, rows, features):
                 if total + guesses.size > capacity:
                     capacity *= 2
                     found = grown(found[0], capacity), grown(found[1], capacity), grown(found[2], capacity)
-                for r in range(min(ROWS, n - j)):
-                    bits = hits[r]
-                    while bits != 0:
-                        lane = np.intp(_first_bit(bits))
-                        bits &= bits - np.uint64(1)
-                        if p * LANES + lane < B:
-                            found[0][total], found[1][total], found[2][total] = j + r, p * LANES + lane, guesses[r, lane]
-                            by_margin += guesses[r, lane] < asked[j + r, 3]
-                            counts[j + r] += 1
-                            total += 1
+                tile = (hits, guesses, asked[j : min(j + ROWS, n), 3])
+                total, false = _keep(tile, j, p * LANES, B, found, total, counts)
+                by_margin += false
     return *_by_feature(found, total, counts), counts, by_margin
 
 
@@ -208,6 +202,24 @@ def _asked(features):
     for j in range(unit.size):
         asked[j, 0], asked[j, 1], asked[j, 2], asked[j, 3] = unit[j], near[j], far[j], cut[j]
     return asked
+
+
+@compiled()
+def _keep(tile, first, start, B, found, total, counts):
+    """(total, how many by the margin), with the candidates of a tile in `found`: features, rows, guesses."""
+    (hits, guesses, cuts), (features, rows, products) = tile, found
+    by_margin = 0
+    for r in range(cuts.size):
+        bits = hits[r]
+        while bits != 0:
+            lane = np.intp(_first_bit(bits))
+            bits &= bits - np.uint64(1)
+            if start + lane < B:
+                features[total], rows[total], products[total] = first + r, start + lane, guesses[r, lane]
+                by_margin += guesses[r, lane] < cuts[r]
+                counts[first + r] += 1
+                total += 1
+    return total, by_margin
 
 
 @compiled()
