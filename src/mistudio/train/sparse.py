@@ -140,9 +140,8 @@ class SparseStep:
             kernels, _ = _bodies(sae.W_enc.device)
             self.reconstruct, self.visit = kernels.reconstruct, kernels.visit
             self.row_gradients, self.apply_rows = kernels.row_gradients, kernels.apply_rows
-        searches = self.objective.cutoff(sae.threshold.detach(), cfg) is not None
-        self.shares_work = compiled and searches and sae.W_enc.device.type == "cpu"
-        """Whether `threads` do the work; where an architecture looks at all of z, most of it is torch's operations."""
+        self.shares_work = compiled and sae.W_enc.device.type == "cpu"
+        """Whether `threads` do the work."""
         self.stale = True
         """Whether W_enc may have changed outside this class."""
 
