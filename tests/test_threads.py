@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistudio.train import threads as threads_of_steps
-from mistudio.train.threads import UNIT, column_sums, in_ranges, in_rows, leading, number, on_threads
+from mistudio.train.threads import UNIT, column_sums, in_ranges, in_rows, leading, number, on_threads, shared
 
 
 @pytest.fixture
@@ -141,3 +141,8 @@ def test_large_sums_and_rows_are_shared_without_a_trace(monkeypatch, shape):
             torch.set_num_threads(1)
         assert torch.equal(sums, expected[0])
         assert torch.equal(torch.cat(squares), expected[1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_items_are_shared_in_order(two_threads, n):
+    assert shared(lambda item: item * item, list(range(n))) == [i * i for i in range(n)]

@@ -7,6 +7,7 @@ Training also needs the entries just below a threshold, where the kernel window 
 (`jumprelu`); so an entry is kept where z > θ - ε/2 and holds z, and whether it is on is z > θ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ class FeatureCode:
         """The same entries row after row."""
         order, row_ptr = _regroup(self.rows, self.n_rows)
         return SparseCode(self.values[order], self.indices()[order], row_ptr, self.n_features)
+
+
+def stacked(codes: Sequence[SparseCode]) -> SparseCode:
+    """The rows of the first code, those of the second, and so on; all have the same features."""
+    values, indices = (torch.cat([getattr(code, name) for code in codes]) for name in ("values", "indices"))
+    counts = torch.cat([code.row_ptr.diff() for code in codes])
+    return SparseCode(values, indices, pointers(counts), codes[0].n_features)
 
 
 def select(

@@ -30,7 +30,7 @@ from torch import Tensor
 from mistudio.errors import TrainError
 from mistudio.mesh import SOLO, Mesh
 from mistudio.pages import empty
-from mistudio.sae.code import FeatureCode, select
+from mistudio.sae.code import FeatureCode, SparseCode, select, stacked
 from mistudio.train import definition
 from mistudio.train.config import TrainConfig
 from mistudio.train.definition import Work
@@ -42,7 +42,7 @@ from mistudio.train.objectives.penalty import row_price, threshold_gradient
 from mistudio.train.objectives.topk import largest_of_rows
 from mistudio.train.objectives.transcoder import base_of, has_skip
 from mistudio.train.optimizer import SHARED, Adam, clip_factor, remove_parallel_
-from mistudio.train.threads import column_sums, in_rows
+from mistudio.train.threads import column_sums, in_rows, shared
 
 if TYPE_CHECKING:
     from mistudio.train.cuda_screen import Screen as CudaScreen
@@ -54,6 +54,8 @@ F=16,384 and 0.36 at D=192, F=1,536 (benchmarks/step.py --crossover, one thread)
 products do, hence the distance to 1. A constant and not a measurement, because a rerun must choose alike."""
 PIECE_ENTRIES = 1 << 22
 """Entries of z that exist at once where an architecture looks at all of them."""
+SHARED_ROWS = 256
+"""Rows of it that a thread looks at together. Fixed, so that no bit depends on threads."""
 
 
 def pays(entries: float, rows: int, n_features: int) -> bool:
@@ -284,7 +286,7 @@ class SparseStep:
         if self.cfg.aux_k is None or dead is None:
             return None
         features = dead.nonzero().squeeze(1)
-        chosen = largest_of_rows(self.pieces(x, features), self.cfg.aux_k, len(features))
+        chosen = self.largest(x, self.cfg.aux_k, features)
         if self.mesh.features > 1:
             chosen = largest_everywhere(chosen, self.cfg.aux_k, self.mesh)
         return spread(chosen.by_feature(), features, len(dead))
@@ -325,13 +327,23 @@ class SparseStep:
         b_dec = sae.b_dec.detach() if sae.config.pre_encoder_bias else None
         return screen, Query(sae.b_enc.detach(), b_dec, *cutoff)
 
-    def pieces(self, x: Tensor, features: Tensor | None = None) -> Iterator[Tensor]:
-        """All of z, or its columns of those features, some rows at a time."""
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """All of z, some rows at a time."""
+        W_enc, bias = self.sae.W_enc.detach(), self.sae.encoder_bias().detach()
+        for chunk in x.split(max(1, PIECE_ENTRIES // max(1, len(bias)))):
+            yield torch.addmm(bias, chunk, W_enc)
+
+    def largest(self, x: Tensor, k: int, features: Tensor | None = None) -> SparseCode:
+        """The k largest positive entries of every row of z, or of its columns of those features."""
         W_enc, bias = self.sae.W_enc.detach(), self.sae.encoder_bias().detach()
         if features is not None:
             W_enc, bias = W_enc[:, features], bias[features]
-        for chunk in x.split(max(1, PIECE_ENTRIES // max(1, len(bias)))):
-            yield torch.addmm(bias, chunk, W_enc)
+        rows = min(PIECE_ENTRIES // max(1, len(bias)), SHARED_ROWS if self.shares_work else len(x))
+
+        def of(some: Tensor) -> SparseCode:
+            return largest_of_rows(torch.addmm(bias, some, W_enc), k)
+
+        return stacked(shared(of, x.split(max(1, rows))))
 
     def _fresh_screen(self) -> "Screen | CudaScreen":
         if self.screen is None:

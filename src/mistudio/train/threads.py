@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 UNIT = 128
@@ -70,25 +71,30 @@ def on_threads(work: Callable[[int], None]) -> None:
             raise failure
 
 
-def in_ranges(kernel: Callable[[int, int], T], n: int) -> list[T]:
-    """kernel(lo, hi) of ranges that make up [0, n), in order; on `number()` threads. Ranges begin at multiples of UNIT,
-    and there are several for each thread."""
-    threads = number()
-    length = n if threads == 1 else UNIT * -(-n // (16 * threads * UNIT))
-    if length >= n:
-        return [kernel(0, n)]
-    left, found = deque(range(0, n, length)), dict[int, T]()
+def shared(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """work(item) of each, in order; by `number()` threads, which take the next item when they are done with one."""
+    if number() == 1 or len(items) == 1:
+        return [work(item) for item in items]
+    left, found = deque(range(len(items))), dict[int, T]()
 
-    def work(_: int) -> None:
+    def some(_: int) -> None:
         while left:
             try:
-                lo = left.popleft()
+                i = left.popleft()
             except IndexError:  # another thread took the last one
                 return
-            found[lo] = kernel(lo, min(lo + length, n))
+            found[i] = work(items[i])
 
-    on_threads(work)
-    return [found[lo] for lo in sorted(found)]
+    on_threads(some)
+    return [found[i] for i in range(len(items))]
+
+
+def in_ranges(kernel: Callable[[int, int], T], n: int) -> list[T]:
+    """kernel(lo, hi) of ranges that make up [0, n), in order, `shared`. They begin at multiples of UNIT, and there are
+    several for each thread."""
+    threads = number()
+    length = n if threads == 1 else UNIT * -(-n // (16 * threads * UNIT))
+    return shared(lambda lo: kernel(lo, min(lo + length, n)), range(0, n, length) if n else [0])
 
 
 def in_rows(work: Callable[[int, int], T], x: Tensor) -> list[T]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistudio.sae import SAE, JumpReLUSAE, SAEConfig, Transcoder
-from mistudio.sae.code import FeatureCode
+from mistudio.sae.code import FeatureCode, SparseCode
 from mistudio.train.config import TrainConfig
 
 Trainable = JumpReLUSAE | Transcoder
@@ -32,6 +32,9 @@ class Encoder(Protocol):
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
         """z itself, some rows at a time: [b, F] each."""
+
+    def largest(self, x: Tensor, k: int) -> SparseCode:
+        """The k largest positive entries of every row of z."""
 
 
 class Objective(ABC):

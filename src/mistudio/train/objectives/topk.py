@@ -6,8 +6,6 @@ that has k of them has its k largest among them; the few rows that have not are 
 that bound, for all features the same; the finished SAE has no θ.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -40,13 +38,13 @@ class TopK(Objective):
     def entries(self, encoder: Encoder, x: Tensor, threshold: Tensor, cfg: TrainConfig) -> FeatureCode:
         assert cfg.k is not None
         if not bool(threshold[0] > 0):
-            return largest_of_rows(encoder.pieces(x), cfg.k, len(threshold)).by_feature()
+            return encoder.largest(x, cfg.k).by_feature()
         found = encoder.select(x, MARGIN * threshold, 0.0).by_row()
         short = (found.row_ptr.diff() < cfg.k).nonzero().squeeze(1)
         kept = _largest_of_code(found, cfg.k)
         if not len(short):
             return kept.by_feature()
-        whole = largest_of_rows(encoder.pieces(x[short]), cfg.k, len(threshold))
+        whole = encoder.largest(x[short], cfg.k)
         return _replaced(kept, short, whole).by_feature()
 
     def settle(self, sae: Trainable, smallest: Tensor | None, step: int, cfg: TrainConfig) -> None:
@@ -62,16 +60,11 @@ class TopK(Objective):
         return TopKSAE(config, weights_for(config, folded))
 
 
-def largest_of_rows(pieces: Iterator[Tensor], k: int, n_features: int) -> SparseCode:
-    """The k largest positive entries of every row of z, whose columns stand for features 0 to n_features - 1."""
-    values, indices, counts = [], [], []
-    for z in pieces:
-        top, where = z.relu().topk(min(k, z.shape[1]), dim=1)
-        kept = ~(top <= 0)  # NaN is kept, so that it reaches the loss
-        values.append(top[kept])
-        indices.append(where[kept].int())
-        counts.append(kept.sum(1))
-    return SparseCode(torch.cat(values), torch.cat(indices), pointers(torch.cat(counts)), n_features)
+def largest_of_rows(z: Tensor, k: int) -> SparseCode:
+    """The k largest positive entries of every row of z [b, F]."""
+    top, where = z.relu().topk(min(k, z.shape[1]), dim=1)
+    kept = ~(top <= 0)  # NaN is kept, so that it reaches the loss
+    return SparseCode(top[kept], where[kept].int(), pointers(kept.sum(1)), z.shape[1])
 
 
 def _largest_of_code(code: SparseCode, k: int) -> SparseCode:
