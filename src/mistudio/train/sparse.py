@@ -343,7 +343,8 @@ class SparseStep:
         def of(some: Tensor) -> SparseCode:
             return largest_of_rows(torch.addmm(bias, some, W_enc), k)
 
-        return stacked(shared(of, x.split(max(1, rows))))
+        chunks = x.split(max(1, rows))
+        return stacked(shared(of, chunks) if self.shares_work else [of(chunk) for chunk in chunks])
 
     def _fresh_screen(self) -> "Screen | CudaScreen":
         if self.screen is None:
