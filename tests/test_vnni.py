@@ -1,6 +1,5 @@
 """Candidates found in tiles are those of the whole product."""
 
-import llvmlite.binding
 import numpy as np
 import pytest
 import torch
@@ -8,6 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
+import llvmlite.binding
+import numba
+
 from mistudio.train import screen_kernels, vnni
 
 needs_vnni = pytest.mark.skipif(not vnni.is_there(), reason="needs AVX-512 VNNI, and no AMX")
@@ -60,8 +62,25 @@ def test_what_is_no_number_is_a_candidate(which):
     [({"avx512vnni": True}, True), ({"avx512vnni": True, "amx-int8": True}, False), ({"avx2": True}, False)],
 )
 def test_tiles_are_for_processors_that_have_no_faster_way(monkeypatch, features, expected):
+    for name, value in (("CPU_NAME", None), ("CPU_FEATURES", None), ("ENABLE_AVX", True)):
+        monkeypatch.setattr(numba.config, name, value)
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
     assert vnni.is_there.__wrapped__() is expected
+
+
+def unknown():
+    raise RuntimeError("LLVM does not know this processor")
+
+
+def test_tiles_are_not_for_processors_that_llvm_does_not_know(monkeypatch):
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", unknown)
+    assert not vnni.is_there.__wrapped__()
+
+
+@pytest.mark.parametrize(("name", "value"), [("CPU_NAME", "generic"), ("CPU_FEATURES", "+avx2"), ("ENABLE_AVX", False)])
+def test_tiles_are_not_for_code_that_numba_compiles_for_another_processor(monkeypatch, name, value):
+    monkeypatch.setattr(numba.config, name, value)
+    assert not vnni.is_there.__wrapped__()
 
 
 def test_widths_that_do_not_fit_are_multiplied_as_before(monkeypatch):

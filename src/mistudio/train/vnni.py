@@ -16,7 +16,7 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -36,8 +36,13 @@ WIDEST = 1 << 16
 
 @functools.cache
 def is_there() -> bool:
-    """Whether this processor multiplies that way, and no faster one."""
-    features = llvmlite.binding.get_host_cpu_features()
+    """Whether numba compiles for this processor, which multiplies that way, and has no faster one."""
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+        return False
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know it
+        return False
     return bool(features.get("avx512vnni")) and not features.get("amx-int8")
 
 
