@@ -37,7 +37,8 @@ WIDEST = 1 << 16
 @functools.cache
 def is_there() -> bool:
     """Whether numba compiles for this processor, which multiplies that way, and has no faster one."""
-    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+    asked: Any = config
+    if asked.CPU_NAME or asked.CPU_FEATURES or not asked.ENABLE_AVX:
         return False
     try:
         features = llvmlite.binding.get_host_cpu_features()
