@@ -46,6 +46,7 @@ def plant(size: str, file: str) -> None:
 
 def ours(size: str, file: str, rounds: int) -> dict[str, object]:
     """Seconds and memory of our step, seconds of the floor; in a process of its own."""
+    from mistudio.pages import in_large_pages
     from mistudio.sae import JumpReLUSAE, SAEConfig
     from mistudio.train import TrainConfig
     from mistudio.train.state import TrainState
@@ -59,6 +60,7 @@ def ours(size: str, file: str, rounds: int) -> dict[str, object]:
     before = peak_bytes(reset=True)
     tensors = load_state(file)
     x = tensors.pop("x")
+    in_large_pages([x])  # where a feed's batches lie
     tensors["theta"] = tensors.pop("threshold")
     D, F = tensors["W_enc"].shape
     sae = JumpReLUSAE(SAEConfig(d_model=D, d_sae=F, scale=1.0, pre_encoder_bias=True), tensors)
