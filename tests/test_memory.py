@@ -18,6 +18,7 @@ from mistudio.train.memory import (
     training_bytes,
     widest,
 )
+from mistudio.train.sparse import PIECE_ENTRIES
 from mistudio.train.state import TrainState
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -84,6 +85,14 @@ def test_the_width_proposed_fits_and_the_next_does_not(room, engine):
     width = widest(WIDE, cfg, CPU, room)
     assert 0 < width < WIDE.d_sae
     assert total(replace(WIDE, d_sae=width), cfg) <= room < total(replace(WIDE, d_sae=width + 128), cfg)
+
+
+def test_every_thread_of_a_sparse_step_has_a_piece_of_z(monkeypatch):
+    cfg = replace(CFG, engine="sparse")
+    one = total(WIDE, cfg), total(WIDE, cfg, GPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert total(WIDE, cfg) - one[0] == 3 * 3 * 4 * PIECE_ENTRIES
+    assert total(WIDE, cfg, GPU) == one[1]
 
 
 def test_the_micro_rows_proposed_fit_and_twice_as_many_do_not():

@@ -22,7 +22,8 @@ from mistudio.sae import SAEConfig, TranscoderConfig
 from mistudio.train.config import TrainConfig
 from mistudio.train.loss import chunk_rows
 from mistudio.train.objectives import Trainable
-from mistudio.train.sparse import CROSSOVER, PIECE_ENTRIES, may_be_sparse
+from mistudio.train.sparse import CROSSOVER, PIECE_ENTRIES, SHARED_ROWS, may_be_sparse
+from mistudio.train.threads import number
 
 DENSE_MATRICES = 6
 """Matrices [b, F] that a dense step holds at once."""
@@ -55,7 +56,7 @@ def training_bytes(config: SAEConfig, cfg: TrainConfig, device: torch.device) ->
     planes = (len(cfg.prefixes) + 3) * 4 * cfg.batch_rows * max(D, E)
     b = chunk_rows(cfg, cfg.batch_rows, at_once, device)
     dense = DENSE_MATRICES * 4 * b * at_once if dense_start else 0
-    found["a step's intermediates"] = planes + max(dense, _sparse_step_bytes(config, cfg) if sparse else 0)
+    found["a step's intermediates"] = planes + max(dense, _sparse_step_bytes(config, cfg, device) if sparse else 0)
     return found
 
 
@@ -65,11 +66,12 @@ def starts_dense(config: SAEConfig, cfg: TrainConfig, device: torch.device) -> b
     return not may_be_sparse(cfg, device) or (cfg.engine == "auto" and not few_from_the_start)
 
 
-def _sparse_step_bytes(config: SAEConfig, cfg: TrainConfig) -> int:
+def _sparse_step_bytes(config: SAEConfig, cfg: TrainConfig, device: torch.device) -> int:
     in_a_row = (CROSSOVER * config.d_sae if cfg.k is None else cfg.k) + (cfg.aux_k or 0)
     entries = ENTRY_BYTES * int(in_a_row * cfg.batch_rows)
     of_the_dead = 0 if cfg.aux_k is None else 4 * config.d_model * config.d_sae
-    return entries + 3 * 4 * PIECE_ENTRIES + of_the_dead
+    of_all_threads = number() * min(PIECE_ENTRIES, SHARED_ROWS * config.d_sae) if device.type == "cpu" else 0
+    return entries + 3 * 4 * max(PIECE_ENTRIES, of_all_threads) + of_the_dead
 
 
 def check_memory(saes: Sequence[Trainable], cfgs: Sequence[TrainConfig], available: int | None = None) -> None:

@@ -53,7 +53,7 @@ CROSSOVER = 0.06
 F=16,384 and 0.36 at D=192, F=1,536 (benchmarks/step.py --crossover, one thread); gathers gain less from more cores than
 products do, hence the distance to 1. A constant and not a measurement, because a rerun must choose alike."""
 PIECE_ENTRIES = 1 << 22
-"""Entries of z that exist at once where an architecture looks at all of them."""
+"""Entries of z that exist at once, in each thread, where an architecture looks at all of them."""
 SHARED_ROWS = 256
 """Rows of it that a thread looks at together. Fixed, so that no bit depends on threads."""
 

@@ -99,8 +99,8 @@ def in_ranges(kernel: Callable[[int, int], T], n: int) -> list[T]:
 
 def in_rows(work: Callable[[int, int], T], x: Tensor) -> list[T]:
     """`in_ranges` over the rows of x; all of them at once where they are few, or not in the CPU's memory."""
-    shared = x.device.type == "cpu" and x.numel() >= LARGE
-    return in_ranges(work, len(x)) if shared else [work(0, len(x))]
+    pays = x.device.type == "cpu" and x.numel() >= LARGE
+    return in_ranges(work, len(x)) if pays else [work(0, len(x))]
 
 
 def column_sums(x: Tensor) -> Tensor:
